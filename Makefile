@@ -1,0 +1,37 @@
+# The tasks of noxfile.py under the names that Sphinx users type. The first call
+# makes the environment .venv from requirements.txt; later calls reuse it.
+
+PYTHON ?= python3
+NOX = .venv/bin/python -m nox -s
+OLD_PYTHON = "make: $(PYTHON) is Python %d.%d; this site needs 3.11 or newer. Try: make PYTHON=python3.12"
+
+.PHONY: html html-noplot test serve linkcheck lint clean help
+.DEFAULT_GOAL := html
+
+html: .venv/ready
+	@$(NOX) html -- $(if $(PATTERN),'$(PATTERN)')
+
+test: .venv/ready
+	@$(NOX) test -- $(ARGS)
+
+serve: .venv/ready
+	@$(NOX) serve -- $(PORT)
+
+html-noplot linkcheck lint clean: .venv/ready
+	@$(NOX) $@
+
+help:
+	@echo "make html                  execute what changed, build _build/html"
+	@echo "make html PATTERN=regex    execute only the tutorials whose path matches"
+	@echo "make html-noplot           build without executing"
+	@echo "make test [ARGS=...]       lint and every test; ARGS go to pytest"
+	@echo "make serve [PORT=8000]     serve _build/html on this machine"
+	@echo "make linkcheck             follow every external link (needs the network)"
+	@echo "make lint                  check code, spelling and reStructuredText"
+	@echo "make clean                 remove what is generated; .venv stays"
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and $(OLD_PYTHON) % v)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@

@@ -1,0 +1,47 @@
+"""Give every tutorial the same fresh state: seeds, precision, threads, memory.
+
+Sphinx-Gallery runs all scripts in one process and calls ``reset`` (named in
+``conf.py`` under ``reset_modules``) before and after each of them.
+"""
+
+import gc
+import random
+import sys
+
+import numpy as np
+import torch
+
+# Each switch with the value that it has in a fresh process.
+_SWITCHES = [
+    (owner, name, getattr(owner, name))
+    for owner, name in [
+        (torch.backends.cudnn.conv, "fp32_precision"),
+        (torch.backends.cudnn.rnn, "fp32_precision"),
+        (torch.backends.cuda.matmul, "fp32_precision"),
+        (torch.backends.mkldnn.conv, "fp32_precision"),
+        (torch.backends.mkldnn.matmul, "fp32_precision"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cudnn, "deterministic"),
+    ]
+]
+_NUM_THREADS = torch.get_num_threads()
+
+
+def reset(gallery_conf, fname):
+    """Put back every global state of torch that a tutorial may have changed."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_num_threads(_NUM_THREADS)
+    torch.use_deterministic_algorithms(False)
+    for owner, name, value in _SWITCHES:
+        setattr(owner, name, value)
+    if "torch._dynamo" in sys.modules:  # not imported before the first torch.compile
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()

@@ -1,0 +1,75 @@
+"""Sphinx settings of Many Models, One Call."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "Many Models, One Call"
+author = "the authors of Many Models, One Call"
+copyright = f"%Y, {author}"
+language = "en"
+
+extensions = [
+    "sphinx.ext.intersphinx",
+    "sphinx_gallery.gen_gallery",
+    "sphinx_design",
+    "sphinx_copybutton",
+    "figures",
+    "page_head",
+]
+
+# tutorials/ holds sources that Sphinx-Gallery turns into auto_tutorials/.
+exclude_patterns = ["_build", ".venv", "README.md", "tutorials", "tests", "recordings"]
+
+# Text inventories with the names that tutorials use: links need no network at build
+# time and come out the same everywhere. tests/test_pages.py names what is missing.
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3/", "inventories/python.txt"),
+    "torch": ("https://docs.pytorch.org/docs/stable/", "inventories/torch.txt"),
+    "matplotlib": ("https://matplotlib.org/stable/", "inventories/matplotlib.txt"),
+}
+
+# Strings, not objects: objects break Sphinx's cache and so -W.
+sphinx_gallery_conf = {
+    "examples_dirs": ["tutorials"],
+    "gallery_dirs": ["auto_tutorials"],
+    "subsection_order": ["tutorials/basics", "*"],
+    "within_subsection_order": "FileNameSortKey",
+    "filename_pattern": r"/plot_",
+    "image_scrapers": ("figures.scraper", "page_head.scraper"),
+    "reset_modules": ("matplotlib", "figures.set_style", "reset.reset"),
+    "reset_modules_order": "both",  # leave no state to the build either
+    "capture_repr": (),  # pages show what scripts print, as a script run does
+    "remove_config_comments": True,
+    "show_signature": False,
+    "write_computation_times": False,  # its tables load scripts from other hosts
+    "download_all_examples": False,
+    "plot_gallery": "True",  # a string, so that -D plot_gallery=0 is no type error
+}
+
+# Outputs get no copy button.
+copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre"
+
+html_theme = "pydata_sphinx_theme"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/logo.svg"
+html_show_sourcelink = False  # it would show generated rST, not the script
+html_copy_source = False
+html_sidebars = {"index": []}
+html_theme_options = {
+    "logo": {
+        "text": project,
+        "image_light": "_static/logo.svg",
+        "image_dark": "_static/logo.svg",
+    },
+    "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": {
+        "auto_tutorials/**": ["page-toc", "sg_download_links"],
+        "index": [],
+    },
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
