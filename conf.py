@@ -17,6 +17,7 @@ extensions = [
     "sphinx_copybutton",
     "figures",
     "page_head",
+    "tidy",
 ]
 
 # tutorials/ holds sources that Sphinx-Gallery turns into auto_tutorials/.
@@ -58,6 +59,7 @@ html_css_files = ["site.css"]
 html_favicon = "_static/logo.svg"
 html_show_sourcelink = False  # it would show generated rST, not the script
 html_copy_source = False
+html_use_index = False
 html_sidebars = {"index": []}
 html_theme_options = {
     "logo": {

@@ -10,12 +10,14 @@ becomes the alternative text on the page and the ``<title>`` inside the SVG.
 """
 
 import io
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from docutils import nodes
+from page_head import RAN_ON, describe
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
@@ -114,7 +116,11 @@ class TutorialFigure(SphinxDirective):
         alt = ElementTree.parse(path).findtext("{http://www.w3.org/2000/svg}title")
         figure = nodes.figure()
         figure += nodes.image(uri=f"/{image}", alt=alt, classes=CLASSES.split())
-        caption, _ = self.parse_inline(f"Measured by the run of :doc:`{page}`.")
+        ran_on = Path(self.env.srcdir, f"{page[1:]}{RAN_ON}")
+        machine = json.loads(ran_on.read_text(encoding="utf-8"))
+        caption, _ = self.parse_inline(
+            f"From the run of :doc:`{page}` on {describe(machine)}."
+        )
         figure += nodes.caption("", "", *caption)
         return [figure]
 

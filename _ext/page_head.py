@@ -2,9 +2,8 @@
 
 * ``scraper`` is called by Sphinx-Gallery after every cell. It draws nothing; it
   writes ``plot_x.ran_on.json`` beside the generated page.
-* ``add_head`` puts that line under the page's title, takes out Sphinx-Gallery's
-  "Go to the end" note and running time, and uses the first sentence as the
-  description that search engines and messengers show.
+* ``add_head`` puts that and the running time under the page's title, and uses the
+  first paragraph as the description that search engines and messengers show.
 """
 
 import datetime
@@ -19,6 +18,9 @@ from docutils import nodes
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
+
+RAN_ON = ".ran_on.json"
+TIME = r"\((\d+) minutes ([\d.]+) seconds\)"  # as Sphinx-Gallery writes it
 
 
 def cpu_model():
@@ -61,22 +63,26 @@ def this_machine():
 
 def scraper(block, block_vars, gallery_conf):
     """Sphinx-Gallery image scraper that records where the script ran."""
-    path = Path(block_vars["target_file"]).with_suffix(".ran_on.json")
+    path = Path(block_vars["target_file"]).with_suffix(RAN_ON)
     path.write_text(json.dumps(this_machine(), indent=2) + "\n", encoding="utf-8")
     return ""
 
 
-def _head(machine, seconds):
+def describe(machine):
+    """One line about the machine, as ``this_machine`` gives it."""
     device = machine["accelerator"] or "no accelerator"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {device}; "
+        f"torch {machine['torch']}, Python {machine['python']}; {machine['date']}"
+    )
+
+
+def _head(machine, seconds):
     return nodes.paragraph(
         "",
         "",
         nodes.strong("", "This page ran on "),
-        nodes.Text(
-            f"{machine['cpu']}, {machine['cores']} cores, {device}; "
-            f"torch {machine['torch']}, Python {machine['python']}; "
-            f"{machine['date']}, in {seconds:.0f} s."
-        ),
+        nodes.Text(f"{describe(machine)}, in {seconds:.1f} s."),
         classes=["ran-on"],
     )
 
@@ -96,18 +102,6 @@ def add_head(app, doctree):
     source = Path(app.srcdir, f"{docname}.py")
     if not (docname.startswith("auto_tutorials/") and source.exists()):
         return
-    seconds = None
-    for node in list(doctree.findall(nodes.Element)):
-        classes = node.get("classes", [])
-        if "sphx-glr-timing" in classes:
-            minutes, rest = re.search(
-                r"\((\d+) minutes ([\d.]+) seconds\)", node.astext()
-            ).groups()
-            seconds = 60 * int(minutes) + float(rest)
-            node.parent.remove(node)
-        elif "sphx-glr-download-link-note" in classes:
-            node.parent.remove(node)
-
     title = next(doctree.findall(nodes.title))
     section = title.parent
     first = next(n for n in section.children if isinstance(n, nodes.paragraph))
@@ -115,16 +109,19 @@ def add_head(app, doctree):
     for key, name in [("name", "description"), ("property", "og:description")]:
         doctree.insert(0, nodes.meta(**{key: name, "content": description}))
 
-    ran_on = source.with_suffix(".ran_on.json")
-    if seconds is not None:
-        head = _head(json.loads(ran_on.read_text(encoding="utf-8")), seconds)
+    elements = doctree.findall(nodes.Element)
+    timing = next((e for e in elements if "sphx-glr-timing" in e["classes"]), None)
+    if timing is not None:
+        minutes, rest = re.search(TIME, timing.astext()).groups()
+        machine = json.loads(source.with_suffix(RAN_ON).read_text(encoding="utf-8"))
+        head = _head(machine, 60 * int(minutes) + float(rest))
     else:
         head = _not_run()
         gallery_conf = app.config.sphinx_gallery_conf
         wanted = re.search(gallery_conf["filename_pattern"], f"{docname}.py")
         if str(gallery_conf["plot_gallery"]) == "True" and wanted:
             logger.warning(
-                "the tutorial did not run; run it with 'make html'", location=docname
+                "the tutorial did not run: 'make html' runs it", location=docname
             )
     section.insert(section.index(title) + 1, head)
 

@@ -17,7 +17,7 @@ measure on your own machine whether the single call is faster.
 - how to turn ten predictions into one.
 
 **Before you start**, you should have trained one PyTorch model; the
-`PyTorch basics <https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`__
+`PyTorch basics <https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`_
 are enough. No GPU is needed.
 """
 
@@ -539,23 +539,23 @@ torch.set_grad_enabled(True)
 # Next
 # ----
 #
-# - `torch.func <https://docs.pytorch.org/docs/stable/func.html>`__, the
+# - `torch.func <https://docs.pytorch.org/docs/stable/func.html>`_, the
 #   reference of the functions used here, with a page on what ``vmap`` refuses:
-#   `UX limitations <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`__.
-# - `Model ensembling <https://docs.pytorch.org/tutorials/intermediate/ensembling.html>`__,
+#   `UX limitations <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_.
+# - `Model ensembling <https://docs.pytorch.org/tutorials/intermediate/ensembling.html>`_,
 #   PyTorch's own tutorial, which descends from the same original as this page.
 #
 # References
 # ----------
 #
 # - The original: ``notebooks/_src/plot_ensembling.py`` in
-#   `pytorch/functorch <https://github.com/pytorch/functorch>`__, 2021.
+#   `pytorch/functorch <https://github.com/pytorch/functorch>`_, 2021.
 # - B. Lakshminarayanan, A. Pritzel, C. Blundell: Simple and scalable predictive
 #   uncertainty estimation using deep ensembles, 2017,
-#   `arXiv:1612.01474 <https://arxiv.org/abs/1612.01474>`__.
+#   `arXiv:1612.01474 <https://arxiv.org/abs/1612.01474>`_.
 # - Grouped convolutions and their speed:
-#   `pytorch/functorch#365 <https://github.com/pytorch/functorch/issues/365>`__,
-#   `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`__.
+#   `pytorch/functorch#365 <https://github.com/pytorch/functorch/issues/365>`_,
+#   `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_.
 # - Precision modes:
-#   `Numerical accuracy <https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html>`__
+#   `Numerical accuracy <https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html>`_
 #   in PyTorch's documentation.

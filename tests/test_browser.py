@@ -1,0 +1,161 @@
+"""The pages in a real browser: themes, widths, keyboard-free basics, no other host."""
+
+import functools
+import http.server
+import io
+import shutil
+import threading
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import TUTORIALS, name_of
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+PAGES = ["index", "auto_tutorials/index", "auto_tutorials/basics/index"] + [
+    f"auto_tutorials/{name_of(tutorial)}" for tutorial in TUTORIALS
+]
+TUTORIAL = "auto_tutorials/basics/plot_ensembling"
+
+# Faults of the theme itself, seen in pydata-sphinx-theme 0.24.0.
+KNOWN_TO_AXE = {"summary-name"}  # the arrow that unfolds a section has no text
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="session")
+def address(html):
+    """Address of the built site on this machine."""
+    handler = functools.partial(QuietHandler, directory=html)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless Chromium: the system's, or else Playwright's own."""
+    system = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=system, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, address):
+    """Open a page of the site; fail on any error in it and on any other host."""
+    contexts, problems = [], []
+
+    def open_page(name, width=1280, theme="light", system_theme="light"):
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=system_theme
+        )
+        contexts.append(context)
+        context.add_init_script(f"localStorage.setItem('mode', '{theme}')")
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "console",
+            lambda message: (
+                problems.append(message.text) if message.type == "error" else None
+            ),
+        )
+        page.on("requestfailed", lambda request: problems.append(request.url))
+        page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((address, "data:"))
+                else problems.append(f"other host: {request.url}")
+            ),
+        )
+        page.goto(f"{address}/{name}", wait_until="networkidle")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_page_fits_in_every_theme_and_width(visit, name, theme, width):
+    page = visit(f"{name}.html", width=width, theme=theme)
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_accessible(visit, name, theme):
+    page = visit(f"{name}.html", theme=theme)
+    found = Axe().run(page, options={"preload": False}).response["violations"]
+    new = {fault["id"]: fault["nodes"][0]["html"] for fault in found}
+    assert not {name: new[name] for name in new if name not in KNOWN_TO_AXE}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_figures_follow_the_theme_and_not_the_system(visit, theme):
+    system_theme = {"light": "dark", "dark": "light"}[theme]
+    page = visit(f"{TUTORIAL}.html", theme=theme, system_theme=system_theme)
+    figure = page.locator("img.tutorial-figure").first
+    figure.scroll_into_view_if_needed()
+    image = Image.open(io.BytesIO(figure.screenshot())).convert("L")
+    background, (darkest, brightest) = image.getpixel((1, 1)), image.getextrema()
+    if theme == "light":
+        assert background > 230
+        assert darkest < 80, "no dark ink on a light page"
+    else:
+        assert background < 50
+        assert brightest > 200, "no bright ink on a dark page"
+
+
+def test_code_has_copy_buttons_and_output_has_none(visit):
+    page = visit(f"{TUTORIAL}.html")
+    assert page.locator(".highlight button.copybtn").count() > 5
+    assert page.locator(".sphx-glr-script-out button.copybtn").count() == 0
+
+
+def test_search_finds_the_tutorial(visit):
+    page = visit("search.html?q=stack_module_state")
+    page.locator("#search-results li a").first.wait_for()
+    titles = page.locator("#search-results li a").all_inner_texts()
+    assert "An ensemble of CNNs in one vectorized call" in titles
+
+
+def test_theme_switch_is_remembered(visit):
+    page = visit("index.html", theme="light")
+    page.locator(".theme-switch-button, .theme-switch-container").first.click()
+    page.get_by_text("Dark", exact=True).first.click()
+    assert page.evaluate("localStorage.getItem('mode')") == "dark"
+
+
+def test_reader_walks_by_previous_and_next(visit):
+    page = visit("index.html")
+    for _ in range(3):
+        page.locator(".prev-next-area a.right-next").click()
+    assert page.url.endswith(f"{TUTORIAL}.html")
+    page.locator(".prev-next-area a.left-prev").click()
+
+
+def test_cards_of_the_gallery_lead_to_their_pages(visit):
+    page = visit("auto_tutorials/index.html")
+    card = page.locator(".sphx-glr-thumbcontainer").first
+    assert "loop over the models" in card.get_attribute("tooltip")
+    card.click()
+    assert page.url.endswith(f"{TUTORIAL}.html")
+
+
+def test_phone_offers_the_downloads(visit):
+    page = visit(f"{TUTORIAL}.html", width=390)
+    links = page.locator(".sphx-glr-footer a:visible").all_inner_texts()
+    assert len(links) == 2, "script and notebook"

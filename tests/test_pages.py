@@ -1,0 +1,134 @@
+"""The built pages: every tutorial really ran, everything it refers to is there."""
+
+import datetime
+import importlib.metadata
+import json
+import re
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+from conftest import name_of
+
+# Names of torch that tutorials use and PyTorch's documentation has no entry for.
+UNDOCUMENTED = {
+    "torch.__version__",
+    "torch.backends.cudnn.conv.fp32_precision",
+    "torch.float64",
+}
+
+
+@pytest.fixture(scope="session")
+def pages(html):
+    """Every page of the site: path -> parsed HTML."""
+    return {
+        path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        for path in sorted(html.rglob("*.html"))
+        if "_static" not in path.relative_to(html).parts
+    }
+
+
+@pytest.fixture
+def page(html, pages, tutorial):
+    """The page of each tutorial in turn."""
+    return pages[html / "auto_tutorials" / f"{name_of(tutorial)}.html"]
+
+
+def test_page_really_ran(page):
+    head = page.select_one(".ran-on").text
+    seconds = float(re.search(r"in ([\d.]+) s", head)[1])
+    assert seconds > 0
+    assert f"torch {importlib.metadata.version('torch')}" in head
+    today = datetime.datetime.now(tz=datetime.UTC).astimezone().date()
+    yesterday = today - datetime.timedelta(days=1)  # the build may cross midnight
+    assert today.isoformat() in head or yesterday.isoformat() in head
+    assert re.search(r"\d+ cores", head)
+    assert page.select(".sphx-glr-script-out"), "the page shows no output"
+    assert not page.select(".highlight-pytb"), "the page shows a traceback"
+
+
+def test_figures_have_an_alternative_text(page):
+    figures = page.select("img.tutorial-figure")
+    assert figures
+    for figure in figures:
+        alt = figure["alt"]
+        assert len(alt.split()) > 8, f"too short to describe a figure: {alt!r}"
+        assert "sphx_glr" not in alt
+        assert ".svg" not in alt
+
+
+def test_first_sentence_is_the_description(page):
+    first = page.select_one("section > p:not(.ran-on)").text
+    description = page.select_one("meta[name=description]")["content"]
+    assert description == " ".join(first.split())
+
+
+def test_downloads(page):
+    for place in [".bd-sidebar-secondary", ".sphx-glr-footer"]:
+        links = [link["href"] for link in page.select(f"{place} a[download]")]
+        assert any(link.endswith(".ipynb") for link in links), place
+        assert any(link.endswith(".py") for link in links), place
+
+
+def test_names_of_torch_link_to_its_documentation(site, page, tutorial):
+    found = json.loads(
+        (site / "auto_tutorials" / f"{name_of(tutorial)}.codeobj.json").read_text()
+    )
+    linked = {
+        re.sub(r"\s", "", link.text)
+        for link in page.select(".highlight-Python a, .highlight-python a")
+    }
+    missing = []
+    for written, candidates in found.items():
+        full = f"{candidates[-1]['module']}.{candidates[-1]['name']}"
+        is_public_name = full.startswith("torch.") and full.endswith(f".{written}")
+        if "." in written:
+            is_public_name = full.startswith("torch.") and written.split(".")[0] in {
+                "F",
+                "nn",
+                "torch",
+            }
+        if is_public_name and full not in UNDOCUMENTED and written not in linked:
+            missing.append(full)
+    assert not missing, f"add to inventories/torch.txt: {missing}"
+    assert "vmap" in linked or "torch.func.vmap" in linked
+
+
+def test_no_leftovers_of_sphinx_gallery(pages):
+    for path, page in pages.items():
+        assert path.name != "sg_execution_times.html"
+        assert "Go to the end" not in page.text, path
+        assert "Total running time" not in page.text, path
+
+
+def test_ids_are_unique(pages):
+    for path, page in pages.items():
+        ids = [element["id"] for element in page.select("[id]")]
+        twice = {name for name in ids if ids.count(name) > 1}
+        assert not twice, f"{path}: {twice}"
+
+
+def test_links_and_anchors_lead_somewhere(pages):
+    ids = {path: {e["id"] for e in page.select("[id]")} for path, page in pages.items()}
+    broken = []
+    for path, page in pages.items():
+        for link in page.select("a[href], link[href], img[src], script[src]"):
+            url = link.get("href") or link.get("src")
+            if urlsplit(url).scheme or url == "#":
+                continue
+            file, anchor = urldefrag(url)
+            file = unquote(urlsplit(file).path)
+            target = (path.parent / file).resolve() if file else path
+            if target.is_dir():
+                target /= "index.html"
+            if not target.exists() or (anchor and anchor not in ids.get(target, ())):
+                broken.append(f"{path.name}: {url}")
+    assert not broken
+
+
+def test_pages_ask_no_other_host(pages):
+    for path, page in pages.items():
+        for element in page.select("script[src], img[src], iframe[src], source[src]"):
+            assert not urlsplit(element["src"]).netloc, f"{path}: {element}"
+        for element in page.select("link[href]"):
+            assert not urlsplit(element["href"]).netloc, f"{path}: {element}"

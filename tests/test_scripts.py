@@ -1,0 +1,18 @@
+"""A tutorial is a plain script: it runs anywhere and leaves nothing behind."""
+
+import sys
+
+from conftest import run
+
+
+def test_runs_in_an_empty_folder(tutorial, tmp_path):
+    done = run(sys.executable, "-W", "error", tutorial, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == [], "the script left files behind"
+
+
+def test_is_self_contained(tutorial):
+    text = tutorial.read_text(encoding="utf-8")
+    assert "__file__" not in text, "a notebook has no __file__"
+    assert "argparse" not in text
+    assert "environ" not in text, "scripts carry no switch"
