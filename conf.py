@@ -15,13 +15,21 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinx_design",
     "sphinx_copybutton",
-    "figures",
+    "recordings",
     "page_head",
     "tidy",
 ]
 
 # tutorials/ holds sources that Sphinx-Gallery turns into auto_tutorials/.
-exclude_patterns = ["_build", ".venv", "README.md", "tutorials", "tests", "recordings"]
+exclude_patterns = [
+    "_build",
+    ".*",
+    "README.md",
+    "recordings",
+    "tests",
+    "tutorials",
+    "wheels",
+]
 
 # Text inventories with the names that tutorials use: links need no network at build
 # time and come out the same everywhere. tests/test_pages.py names what is missing.

@@ -35,7 +35,7 @@ def sphinx(session, builder, outdir, *options):
         session.error(
             f"torch {version} is too old: the tutorials need torch {oldest} or newer."
         )
-    options = ["-n", "-W", "--keep-going", "-T", "-d", BUILD / "doctrees", *options]
+    options = ["-n", "-W", "--keep-going", "-d", BUILD / "doctrees", *options]
     session.run(sys.executable, "-m", "sphinx", "-b", builder, *options, ROOT, outdir)
 
 
@@ -89,6 +89,44 @@ def html_noplot(session):
     """Build the site without executing anything."""
     sphinx(session, "html", BUILD / "stage", "-Dplot_gallery=0")
     publish(session)
+
+
+@nox.session
+def record(session):
+    """Execute what changed, record it as this machine's; -- NAME names the machine."""
+    name = session.posargs[0] if session.posargs else "auto"
+    # All pages are read again (-E), in an environment apart from that of the pages.
+    options = ["-E", "-d", BUILD / "record-doctrees", f"-Drecord_as={name}"]
+    sphinx(session, "dummy", BUILD / "record", *options)
+
+
+@nox.session
+def recordings(session):
+    """Show which tutorials are recorded on which machine, and which are outdated."""
+    options = ["-E", "-d", BUILD / "record-doctrees", "-Drecordings_table=1"]
+    sphinx(session, "dummy", BUILD / "record", "-q", "-Dplot_gallery=0", *options)
+
+
+@nox.session
+def unpack(session):
+    """Check an archive that 'record' made elsewhere and put it into recordings/."""
+    if not session.posargs:
+        session.error("say which archive: make unpack ARCHIVE=nvidia-h100.tar.gz")
+    session.run(sys.executable, "_ext/recordings.py", session.posargs[0])
+
+
+@nox.session
+def wheels(session):
+    """Collect what recording needs on a machine without network into wheels/."""
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 17, 12, 5)]
+    platforms += ["manylinux2014_x86_64", "manylinux1_x86_64"]
+    session.run(
+        *[sys.executable, "-m", "pip", "download", "--disable-pip-version-check"],
+        *["--only-binary=:all:", "--implementation=cp"],
+        *[f"--python-version={session.posargs[0] if session.posargs else '3.12'}"],
+        *[f"--platform={platform}" for platform in platforms],
+        *["--dest", "wheels", "-r", "requirements-record.txt"],
+    )
 
 
 @nox.session

@@ -1,64 +1,23 @@
 """The head of a tutorial page: where and when it ran, and its description.
 
 * ``scraper`` is called by Sphinx-Gallery after every cell. It draws nothing; it
-  writes ``plot_x.ran_on.json`` beside the generated page.
-* ``add_head`` puts that and the running time under the page's title, and uses the
-  first paragraph as the description that search engines and messengers show.
+  writes where the script runs into ``plot_x.ran_on.json`` beside the generated page.
+* ``forget_other_machines`` makes what ran elsewhere, or with another torch, run again.
+* ``add_head`` puts the machines and the running time under the page's title, and uses
+  the first paragraph as the description that search engines and messengers show.
 """
 
-import datetime
 import json
-import os
-import platform
 import re
 from pathlib import Path
 
-import torch
 from docutils import nodes
+from machine import HARDWARE, RAN_ON, describe, this_machine
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
-RAN_ON = ".ran_on.json"
 TIME = r"\((\d+) minutes ([\d.]+) seconds\)"  # as Sphinx-Gallery writes it
-
-
-def cpu_model():
-    """Name of the processor, as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = re.findall(
-            r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE
-        )
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def cpu_cores():
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def this_machine():
-    """Where the code runs: accelerator (or None), CPU, cores, torch, Python, date."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None:
-        accelerator = (
-            torch.cuda.get_device_name()
-            if accelerator.type == "cuda"
-            else accelerator.type
-        )
-    return {
-        "accelerator": accelerator,
-        "cpu": cpu_model(),
-        "cores": cpu_cores(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def scraper(block, block_vars, gallery_conf):
@@ -68,33 +27,25 @@ def scraper(block, block_vars, gallery_conf):
     return ""
 
 
-def describe(machine):
-    """One line about the machine, as ``this_machine`` gives it."""
-    device = machine["accelerator"] or "no accelerator"
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {device}; "
-        f"torch {machine['torch']}, Python {machine['python']}; {machine['date']}"
-    )
+def executes(app):
+    """Whether this build runs scripts."""
+    return str(app.config.sphinx_gallery_conf["plot_gallery"]) == "True"
 
 
-def _head(machine, seconds):
-    return nodes.paragraph(
-        "",
-        "",
-        nodes.strong("", "This page ran on "),
-        nodes.Text(f"{describe(machine)}, in {seconds:.1f} s."),
-        classes=["ran-on"],
-    )
+def forget_other_machines(app):
+    """Make scripts whose outputs are of another machine or torch run again."""
+    here = this_machine() if executes(app) else None
+    for ran_on in (
+        Path(app.srcdir, "auto_tutorials").rglob(f"*{RAN_ON}") if here else ()
+    ):
+        there = json.loads(ran_on.read_text(encoding="utf-8"))
+        if any(there.get(key, "") != here[key] for key in (*HARDWARE, "torch")):
+            checksum = ran_on.with_name(ran_on.name.removesuffix(RAN_ON) + ".py.md5")
+            checksum.unlink(missing_ok=True)
 
 
-def _not_run():
-    return nodes.note(
-        "",
-        nodes.paragraph(
-            "", "This page was built without running its code, so it shows no outputs."
-        ),
-        classes=["ran-on"],
-    )
+def _line(title, text):
+    return nodes.line("", "", nodes.strong("", title), nodes.Text(text))
 
 
 def add_head(app, doctree):
@@ -102,6 +53,7 @@ def add_head(app, doctree):
     source = Path(app.srcdir, f"{docname}.py")
     if not (docname.startswith("auto_tutorials/") and source.exists()):
         return
+
     title = next(doctree.findall(nodes.title))
     section = title.parent
     first = next(n for n in section.children if isinstance(n, nodes.paragraph))
@@ -109,23 +61,37 @@ def add_head(app, doctree):
     for key, name in [("name", "description"), ("property", "og:description")]:
         doctree.insert(0, nodes.meta(**{key: name, "content": description}))
 
+    head = nodes.line_block(classes=["ran-on"])
     elements = doctree.findall(nodes.Element)
     timing = next((e for e in elements if "sphx-glr-timing" in e["classes"]), None)
     if timing is not None:
         minutes, rest = re.search(TIME, timing.astext()).groups()
         machine = json.loads(source.with_suffix(RAN_ON).read_text(encoding="utf-8"))
-        head = _head(machine, 60 * int(minutes) + float(rest))
-    else:
-        head = _not_run()
-        gallery_conf = app.config.sphinx_gallery_conf
-        wanted = re.search(gallery_conf["filename_pattern"], f"{docname}.py")
-        if str(gallery_conf["plot_gallery"]) == "True" and wanted:
-            logger.warning(
-                "the tutorial did not run: 'make html' runs it", location=docname
+        seconds = 60 * int(minutes) + float(rest)
+        head += _line("This page ran on ", f"{describe(machine)}, in {seconds:.1f} s.")
+    for text, outdated, cells in doctree["machines"]:
+        head += _line("Recorded on ", f"{text}.")
+        if outdated:
+            head += _line(
+                "Earlier code: ",
+                f"{outdated} of {cells} code cells have changed since that recording. "
+                "Their recorded outputs are not shown; the others are those of the "
+                "earlier code.",
             )
+    if not head.children:
+        head += _line("Not run: ", "this page was built without running its code.")
     section.insert(section.index(title) + 1, head)
+
+    wanted = re.search(
+        app.config.sphinx_gallery_conf["filename_pattern"], f"{docname}.py"
+    )
+    if timing is None and executes(app) and wanted:
+        logger.warning(
+            "the tutorial did not run: 'make html' runs it", location=docname
+        )
 
 
 def setup(app):
+    app.connect("builder-inited", forget_other_machines, priority=100)
     app.connect("doctree-read", add_head)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

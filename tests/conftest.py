@@ -1,5 +1,6 @@
 """What the tests share: the tutorials, a copy of the repository, and its built site."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "_ext"))
+import recordings  # noqa: E402
+
 TUTORIALS = sorted((ROOT / "tutorials").rglob("plot_*.py"))
 
 
@@ -43,8 +47,8 @@ def nox(*arguments, cwd, **changes):
     return run(sys.executable, "-m", "nox", "-s", *arguments, cwd=cwd, **changes)
 
 
-def copy_repository(target, tutorials=True):
-    """Copy what git would commit; without tutorials if asked."""
+def copy_repository(target, without=()):
+    """Copy what git would commit, except what starts with the names in without."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -53,7 +57,7 @@ def copy_repository(target, tutorials=True):
         check=True,
     )
     for name in listed.stdout.splitlines():
-        if (ROOT / name).exists() and (tutorials or not name.startswith("tutorials/")):
+        if (ROOT / name).exists() and not name.startswith(tuple(without)):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
     return target
@@ -78,3 +82,89 @@ def html(site):
 def tutorial(request):
     """Every tutorial in turn. A new one joins by existing."""
     return request.param
+
+
+# These tutorials measure nothing, so no change from outside is needed.
+small_nox = functools.partial(nox, PYTHONPATH="")
+
+SMALL_TUTORIAL = '''"""
+{title}
+=====
+
+The {title} of this small gallery draws one line and prints when it ran.
+"""
+
+# %%
+# Text before code.
+
+import time
+import matplotlib.pyplot as plt
+{code}
+print("{title} ran at", time.time_ns())
+fig, ax = plt.subplots()
+_ = ax.plot([1, 2])
+{label}
+'''
+LABEL = 'fig.set_label("A line that rises from left to right, made up for a test.")'
+
+
+def write_tutorial(site, name, code="", label=LABEL):
+    """Write a tutorial of one code cell into a small site."""
+    path = site / "tutorials" / "basics" / f"plot_{name}.py"
+    path.write_text(SMALL_TUTORIAL.format(title=name, code=code, label=label))
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A copy of the repository with two small tutorials in place of its own."""
+    return make_small(tmp_path / "site")
+
+
+def make_small(folder):
+    """Make the site of the fixture small in a folder; its path is returned."""
+    site = copy_repository(folder, ["tutorials/", "recordings/"])
+    (site / "tutorials" / "basics").mkdir(parents=True)
+    for folder in ["tutorials", "tutorials/basics"]:
+        (site / folder / "GALLERY_HEADER.rst").write_text("Title\n=====\n\nText.\n")
+    (site / "index.rst").write_text(
+        "Index\n=====\n\n.. tutorial-figure:: basics/plot_alpha 1\n\n"
+        ".. toctree::\n\n   auto_tutorials/index\n"
+    )
+    write_tutorial(site, "alpha")
+    write_tutorial(site, "beta")
+    return site
+
+
+def page(site, name):
+    """HTML of one of the small tutorials."""
+    path = site / "_build" / "html" / "auto_tutorials" / "basics" / f"plot_{name}.html"
+    return path.read_text()
+
+
+MACHINE = {
+    "accelerator": "Imaginary GPU",
+    "memory": 80,
+    "cpu": "Imaginary CPU",
+    "cores": 16,
+    "driver": "1.2.3",
+    "cuda": "13.0",
+    "torch": "2.11.0",
+    "python": "3.12.1",
+    "date": "2026-01-02",
+}
+
+
+def imagine_machine(site, tutorial, texts):
+    """Record a tutorial as MACHINE's, from this machine's own recording.
+
+    The outputs are the same but for the cells named in texts: {number: text}.
+    """
+    root = site / "recordings"
+    (own,) = [path for path in root.iterdir() if path.name != "gpu"]
+    cells = []
+    for number, cell in enumerate(recordings.load_tutorial(own / tutorial)["cells"], 1):
+        outputs = recordings.recorded_content(cell["outputs"])
+        if number in texts:
+            outputs = [("text", texts[number])]
+        cells.append((cell["code"], outputs))
+    recordings.save_tutorial(root, "gpu", tutorial, MACHINE, 1.0, cells)

@@ -1,5 +1,6 @@
 """The pages in a real browser: themes, widths, keyboard-free basics, no other host."""
 
+import contextlib
 import functools
 import http.server
 import io
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import TUTORIALS, name_of
+from conftest import TUTORIALS, imagine_machine, name_of, nox
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
@@ -27,9 +28,29 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def address(html):
-    """Address of the built site on this machine."""
-    handler = functools.partial(QuietHandler, directory=html)
+def recorded_html(site, tmp_path_factory):
+    """The real pages, with recordings of this machine and of an imaginary GPU."""
+    copy = shutil.copytree(site, tmp_path_factory.mktemp("recorded") / "site")
+    shutil.rmtree(copy / "recordings", ignore_errors=True)
+    assert nox("record", cwd=copy).returncode == 0
+    different = dict.fromkeys(range(1, 40, 3), "from the imaginary GPU\n" * 9)
+    for tutorial in TUTORIALS:
+        imagine_machine(copy, name_of(tutorial), different)
+    done = nox("html", cwd=copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copy / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def addresses(html, recorded_html):
+    """Addresses on this machine: of the site, and of the site with recordings."""
+    with serve(html) as plain, serve(recorded_html) as recorded:
+        yield {"plain": plain, "recorded": recorded}
+
+
+@contextlib.contextmanager
+def serve(folder):
+    handler = functools.partial(QuietHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -49,11 +70,12 @@ def chromium():
 
 
 @pytest.fixture
-def visit(chromium, address):
+def visit(chromium, addresses):
     """Open a page of the site; fail on any error in it and on any other host."""
     contexts, problems = [], []
 
-    def open_page(name, width=1280, theme="light", system_theme="light"):
+    def open_page(name, width=1280, theme="light", system_theme="light", site="plain"):
+        address = addresses[site]
         context = chromium.new_context(
             viewport={"width": width, "height": 900}, color_scheme=system_theme
         )
@@ -159,3 +181,55 @@ def test_phone_offers_the_downloads(visit):
     page = visit(f"{TUTORIAL}.html", width=390)
     links = page.locator(".sphx-glr-footer a:visible").all_inner_texts()
     assert len(links) == 2, "script and notebook"
+
+
+GPU = "Imaginary GPU"
+
+
+def shown(page):
+    """Label of the chosen tab of every tab set, without repetition."""
+    chosen = page.locator(".machines > input:checked + label").all_inner_texts()
+    return {label.strip() for label in chosen}
+
+
+def test_choosing_a_machine_switches_the_whole_page_and_is_remembered(visit):
+    page = visit(f"{TUTORIAL}.html", site="recorded")
+    assert page.locator(".machines").count() > 3
+    assert shown(page) == {GPU}, "accelerators come first"
+    label = page.locator(".machines > label", has_text="This build").nth(2)
+    label.scroll_into_view_if_needed()
+    before = label.bounding_box()["y"]
+    label.click()
+    assert shown(page) == {"This build"}
+    assert abs(label.bounding_box()["y"] - before) < 3, "the page jumped"
+    page.reload()
+    assert shown(page) == {"This build"}
+    assert "imaginary" not in page.locator("article").inner_text()
+
+
+def test_choosing_a_machine_with_the_keyboard(visit):
+    page = visit(f"{TUTORIAL}.html", site="recorded")
+    page.locator(".machines > input").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert shown(page) == {"This build"}
+    page.reload()
+    assert shown(page) == {"This build"}
+    page.locator(".machines > input:checked").first.focus()
+    page.keyboard.press("ArrowLeft")
+    assert shown(page) == {GPU}
+
+
+def test_print_shows_every_machine(visit):
+    page = visit(f"{TUTORIAL}.html", site="recorded")
+    page.emulate_media(media="print")
+    panels = page.locator(".machines > .sd-tab-content")
+    assert panels.count() > 6
+    assert all(panel.is_visible() for panel in panels.all())
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_tabs_are_accessible_and_fit_a_phone(visit, theme):
+    page = visit(f"{TUTORIAL}.html", site="recorded", width=390, theme=theme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    found = Axe().run(page, options={"preload": False}).response["violations"]
+    assert {fault["id"] for fault in found} <= KNOWN_TO_AXE

@@ -1,6 +1,5 @@
 """The commands, on a small made-up gallery: what they do and what they say."""
 
-import functools
 import os
 import re
 import signal
@@ -8,58 +7,8 @@ import subprocess
 import sys
 import time
 
-import pytest
-from conftest import copy_repository, environment, run
-from conftest import nox as nox_outside
-
-# These tutorials measure nothing, so no change from outside is needed.
-nox = functools.partial(nox_outside, PYTHONPATH="")
-
-TUTORIAL = '''"""
-{title}
-=====
-
-The {title} of this small gallery draws one line and prints when it ran.
-"""
-
-# %%
-# Text before code.
-
-import time
-import matplotlib.pyplot as plt
-{code}
-print("{title} ran at", time.time_ns())
-fig, ax = plt.subplots()
-_ = ax.plot([1, 2])
-{label}
-'''
-LABEL = 'fig.set_label("A line that rises from left to right, made up for a test.")'
-
-
-def write_tutorial(site, name, code="", label=LABEL):
-    path = site / "tutorials" / "basics" / f"plot_{name}.py"
-    path.write_text(TUTORIAL.format(title=name, code=code, label=label))
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A copy of the repository with two small tutorials in place of its own."""
-    site = copy_repository(tmp_path / "site", tutorials=False)
-    (site / "tutorials" / "basics").mkdir(parents=True)
-    for folder in ["tutorials", "tutorials/basics"]:
-        (site / folder / "GALLERY_HEADER.rst").write_text("Title\n=====\n\nText.\n")
-    (site / "index.rst").write_text(
-        "Index\n=====\n\n.. tutorial-figure:: basics/plot_alpha 1\n\n"
-        ".. toctree::\n\n   auto_tutorials/index\n"
-    )
-    write_tutorial(site, "alpha")
-    write_tutorial(site, "beta")
-    return site
-
-
-def page(site, name):
-    path = site / "_build" / "html" / "auto_tutorials" / "basics" / f"plot_{name}.html"
-    return path.read_text()
+from conftest import environment, page, run, write_tutorial
+from conftest import small_nox as nox
 
 
 def moment(site, name):

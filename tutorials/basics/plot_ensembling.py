@@ -25,11 +25,11 @@ are enough. No GPU is needed.
 # Set-up
 # ------
 #
-# The last line of this cell prints where the code runs. Recent NVIDIA GPUs
-# compute convolutions in TF32 by default: fast, but with about three decimal
-# digits. To compare results we ask for IEEE float32. This page predicts and does
-# not train, so autograd is off, for the loop and for ``vmap`` alike. Both
-# settings are put back at the end.
+# The end of this cell prints where the code runs. NVIDIA GPUs since 2020 compute
+# convolutions in TF32 by default: fast, but with about three decimal digits. To
+# compare results we ask for IEEE float32. This page predicts and does not train, so
+# autograd is off, for the loop and for ``vmap`` alike. All settings are put back at
+# the end.
 
 import copy
 import platform
@@ -37,7 +37,7 @@ import platform
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.benchmark import Timer
@@ -46,23 +46,23 @@ from torch.utils.flop_counter import FlopCounterMode
 torch.manual_seed(0)
 
 cpu = torch.device("cpu")
-device = torch.accelerator.current_accelerator() or cpu
+device = torch.accelerator.current_accelerator(check_available=True) or cpu
 num_threads = torch.get_num_threads()
-names = {cpu: f"CPU ({platform.machine()}, {num_threads} threads)"}
+device_names = {cpu: f"CPU ({platform.machine()}, {num_threads} threads)"}
 if device.type == "cuda":
-    names[device] = torch.cuda.get_device_name(device)
+    device_names[device] = torch.cuda.get_device_name(device)
 elif device != cpu:
-    names[device] = device.type
+    device_names[device] = device.type
 
-default_precision = torch.backends.cudnn.conv.fp32_precision
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+default_precision = conv.fp32_precision, matmul.fp32_precision
+conv.fp32_precision = matmul.fp32_precision = "ieee"
 torch.set_grad_enabled(False)
 
-print(f"{names[device]}, torch {torch.__version__}, {torch.get_default_dtype()}")
 print(
-    f"convolutions: {torch.backends.cudnn.conv.fp32_precision}, "
-    f"matrix products: {torch.get_float32_matmul_precision()}, "
-    f"autograd: {'on' if torch.is_grad_enabled() else 'off'}"
+    f"{device_names[device]}, torch {torch.__version__}, {torch.get_default_dtype()}, "
+    f"precision {conv.fp32_precision} (convolutions) and {matmul.fp32_precision} "
+    f"(matrix products), autograd {'on' if torch.is_grad_enabled() else 'off'}"
 )
 
 # %%
@@ -93,6 +93,7 @@ class SimpleCNN(nn.Module):
 
 
 num_models = 10
+num_classes = 10
 models = [SimpleCNN().to(device) for _ in range(num_models)]
 data = torch.randn(100, 64, 1, 28, 28, device=device)
 
@@ -142,11 +143,11 @@ for name, tensor in params.items():
 # directly. They are also *copies*. If you change a model after this line, its
 # row in ``params`` does not follow.
 #
-# ``functional_call`` runs a module with parameters that it does not own. It
-# needs the module for its code only, so we build that skeleton on the ``meta``
-# device, where tensors have shapes but no memory. ``strict=True`` insists that
-# every parameter is supplied; without it, a forgotten name would be read from
-# the skeleton.
+# ``functional_call`` runs a module with parameters that it does not own. It needs
+# the module for its code, its Python attributes and its mode (train or eval), so we
+# build that skeleton on the ``meta`` device, where tensors have shapes but no memory.
+# ``strict=True`` insists that every parameter is supplied. Without it, a forgotten
+# one is read from the skeleton: on a CPU that is uninitialized memory, and no error.
 
 with torch.device("meta"):
     skeleton = SimpleCNN()
@@ -163,8 +164,11 @@ def predict(params, buffers, x):
 # argument. The default is 0 for every argument, which is option 1. Option 2
 # changes one entry:
 
-vmap1 = vmap(predict, in_dims=(0, 0, 0))(params, buffers, minibatches)
-vmap2 = vmap(predict, in_dims=(0, 0, None))(params, buffers, minibatch)
+own = vmap(predict, in_dims=(0, 0, 0))
+shared = vmap(predict, in_dims=(0, 0, None))
+
+vmap1 = own(params, buffers, minibatches)
+vmap2 = shared(params, buffers, minibatch)
 
 print("option 1, in_dims=(0, 0, 0):   ", tuple(vmap1.shape))
 print("option 2, in_dims=(0, 0, None):", tuple(vmap2.shape))
@@ -173,100 +177,73 @@ print("option 2, in_dims=(0, 0, None):", tuple(vmap2.shape))
 # .. note::
 #
 #    Older code imports these tools from ``functorch``:
-#    ``combine_state_for_ensemble`` became ``stack_module_state``, and its
-#    stateless module became ``functional_call``.
+#    ``combine_state_for_ensemble`` is now ``stack_module_state`` (the state) plus
+#    ``functional_call`` (the call).
 #
 # Check: it is the same function
 # ------------------------------
 #
-# Floating-point sums depend on their order, and a vectorized kernel sums in
-# another order than ten separate ones. So we do not ask for identical bits. We
-# ask for agreement within one part in a million, absolute and relative.
+# Floating-point sums depend on their order, and a vectorized kernel sums in another
+# order than ten separate ones. So we do not ask for identical bits. We ask for
+# agreement within one part in a million, absolute and relative, and look at the
+# distance of both sides from a loop in float64.
 #
-# A GPU library may choose an algorithm that rounds more than that even in IEEE
-# float32. A failed comparison would not say *who* is wrong, so in that case
-# float64 decides: the vectorized result may be at most three times as far from
-# the float64 loop as the float32 loop is. Both distances are the largest of
-# thousands of rounding errors, and such maxima scatter by a factor of two; a
-# wrong result misses by thousands.
+# Two things can break the bound without an error in the program:
+#
+# - **TF32.** It shortens the factors of every product to 10 bits of fraction, so
+#   distances near one part in a thousand of the largest logit are normal, in the loop
+#   and in ``vmap`` alike. That is the usual reason why two correct programs fail a
+#   comparison at 1e-6, and no reason to loosen the comparison: ask for IEEE float32,
+#   compare, change it back. A GPU that has TF32 gets two more rows in the table.
+# - **An algorithm** of some GPU library that rounds more even in IEEE float32. A failed
+#   comparison does not say *who* is wrong, so then float64 decides.
+#
+# The verdict by float64: ``vmap`` may be at most three times as far from it as the
+# loop is, or as the precision allows. Each distance is the largest of thousands of
+# rounding errors and can differ by a factor of two by chance; a wrong result is
+# thousands of times farther away.
 
-models64 = [copy.deepcopy(model).to(cpu, torch.float64) for model in models]
-data64 = data[:num_models].to(cpu, torch.float64)
+models64 = [copy.deepcopy(model).cpu().double() for model in models]
+data64 = data[:num_models].cpu().double()
 exact1 = torch.stack([model(x) for model, x in zip(models64, data64, strict=True)])
 exact2 = torch.stack([model(data64[0]) for model in models64])
+largest = exact1.abs().max().item()
 
+rows = [("ieee", 1, loop1, vmap1, exact1), ("ieee", 2, loop2, vmap2, exact2)]
+if device.type == "cuda" and torch.cuda.is_tf32_supported():
+    conv.fp32_precision = "tf32"
+    looped1 = [model(x) for model, x in zip(models, minibatches, strict=True)]
+    looped2 = [model(minibatch) for model in models]
+    vectorized1 = own(params, buffers, minibatches)
+    vectorized2 = shared(params, buffers, minibatch)
+    conv.fp32_precision = "ieee"
+    rows.append(("tf32", 1, torch.stack(looped1), vectorized1, exact1))
+    rows.append(("tf32", 2, torch.stack(looped2), vectorized2, exact2))
 
-def error(logits, exact):
-    """Largest distance from the float64 result."""
-    return (logits.to(cpu, torch.float64) - exact).abs().max().item()
-
-
-def compare(option, looped, vectorized, exact):
-    """Raise unless vmap equals the loop to 1e-6 or is as near to float64."""
+print(f"{loop1.numel():,} logits, the largest {largest:.2f}; distance from float64")
+print("convolutions  option     loop     vmap  loop and vmap agree within 1e-6")
+for mode, option, looped, vectorized, exact in rows:
+    loop_error = (looped.cpu().double() - exact).abs().max().item()
+    vmap_error = (vectorized.cpu().double() - exact).abs().max().item()
     agree = torch.allclose(vectorized, looped, atol=1e-6, rtol=1e-6)
-    loop_error, vmap_error = error(looped, exact), error(vectorized, exact)
-    assert agree or vmap_error <= 3 * loop_error, (
-        f"{option}: vmap does not compute what the loop computes. Largest distance "
-        f"from float64: loop {loop_error:.1e}, vmap {vmap_error:.1e}"
-    )
-    print(
-        f"{option}: {'agree' if agree else 'do not agree'} within 1e-6; "
+    allowed = 3 * max(loop_error, largest * 2**-10 if mode == "tf32" else 0)
+    assert agree or vmap_error <= allowed, (
+        f"option {option}, {mode}: vmap does not compute what the loop computes; "
         f"distance from float64: loop {loop_error:.1e}, vmap {vmap_error:.1e}"
     )
-
-
-compare("option 1", loop1, vmap1, exact1)
-compare("option 2", loop2, vmap2, exact2)
+    verdict = "yes" if agree else "no, but vmap is as near to float64 as allowed"
+    print(f"{mode:12}  {option:6}  {loop_error:.1e}  {vmap_error:.1e}  {verdict}")
 
 # %%
-# How equal?
-# ----------
-#
-# The distance from float64 depends on the *precision mode*. Every device has
-# IEEE float32. CUDA devices also have TF32, PyTorch's default for convolutions
-# there: it shortens the factors of every product to 10 bits of fraction, so
-# errors near one part in a thousand are expected, in the loop and in vmap
-# alike. That mode is the usual reason why two correct programs fail a
-# comparison at 1e-6, and no reason to loosen the comparison: change the mode,
-# compare, change it back.
-
-modes = ["ieee", "tf32"] if device.type == "cuda" else ["ieee"]
-
-print("convolutions  option  loop - float64  vmap - float64  agree within 1e-6")
-for mode in modes:
-    torch.backends.cudnn.conv.fp32_precision = mode
-    looped1 = torch.stack(
-        [model(x) for model, x in zip(models, minibatches, strict=True)]
-    )
-    looped2 = torch.stack([model(minibatch) for model in models])
-    vectorized1 = vmap(predict)(params, buffers, minibatches)
-    vectorized2 = vmap(predict, in_dims=(0, 0, None))(params, buffers, minibatch)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-
-    for option, looped, vectorized, exact in [
-        (1, looped1, vectorized1, exact1),
-        (2, looped2, vectorized2, exact2),
-    ]:
-        loop_error, vmap_error = error(looped, exact), error(vectorized, exact)
-        agree = torch.allclose(vectorized, looped, atol=1e-6, rtol=1e-6)
-        print(
-            f"{mode:12}  {option:6}  {loop_error:14.1e}  {vmap_error:14.1e}  "
-            f"{'yes' if agree else 'no'}"
-        )
-        assert vmap_error <= 3 * loop_error, (
-            f"in {mode} precision vmap is {vmap_error:.1e} away from float64, more "
-            f"than three times as far as the loop ({loop_error:.1e})"
-        )
-
-# %%
-# Neither side is the reference for the other. Loop and vmap are two float32
-# computations of one function, each a few rounding errors away from the truth.
+# Neither side is the reference for the other: both round, and float64 shows by how
+# much.
 #
 # What should happen to the time
 # ------------------------------
 #
-# Count before you measure. ``FlopCounterMode`` lists the floating-point
-# operations that really run:
+# Count before you measure. ``FlopCounterMode`` counts the operations of
+# convolutions and matrix products, and the largest intermediate result is the
+# output of the second convolution:
 
 
 def count(name, statement):
@@ -279,64 +256,73 @@ def count(name, statement):
 
 print(f"1e9 floating-point operations, {num_models} models, option 1")
 count("loop", lambda: [model(x) for model, x in zip(models, minibatches, strict=True)])
-count("vmap", lambda: vmap(predict)(params, buffers, minibatches))
+count("vmap", lambda: own(params, buffers, minibatches))
+
+megabytes = 64 * 64 * 24 * 24 * loop1.element_size() / 1e6
+print(f"largest tensor: loop {megabytes:.1f} MB, vmap {num_models * megabytes:.1f} MB")
 
 # %%
-# The arithmetic is the same. What changes is how it is packed:
+# This arithmetic is the same. What changes is how it is packed:
 #
-# - The **loop** calls every operator once per model. Each call costs some
-#   microseconds before any arithmetic starts, and a GPU is poorly filled by one
-#   small model. This overhead grows with the number of models.
-# - **vmap** calls every operator once. Linear layers become one batched matrix
-#   product (``bmm``), which libraries do well. Convolutions become one *grouped*
-#   convolution, with one group per model, which many libraries do poorly. Only
-#   the first convolution of option 2 escapes: its input is shared, so it becomes
-#   one ordinary convolution with more output channels.
+# - The **loop** calls every operator of the network once per model. Each call costs
+#   some microseconds before any arithmetic starts, and one small model leaves most
+#   of a GPU idle. This overhead grows with the number of models.
+# - **vmap** calls every operator of the network once, plus some copies and additions
+#   of biases. Linear layers become one batched matrix product (``bmm``). Convolutions
+#   become one *grouped* convolution, with one group per model, which some libraries
+#   do poorly. Only the first convolution of option 2 escapes: its input is shared, so
+#   it becomes one ordinary convolution with more output channels. And every
+#   intermediate result is ``num_models`` times larger.
 #
-# So vmap should win where the overhead of calls dominates: small models, small
-# batches, fast devices. It should lose where the arithmetic dominates and
-# grouped convolutions are slower than ordinary ones: this CNN on a CPU.
+# So ``vmap`` should win where the overhead of calls dominates: small models, small
+# batches, fast devices. It should lose where the arithmetic dominates and the larger
+# steps are slower than the small ones: this CNN on a CPU, where a tensor of many
+# megabytes leaves the cache and often gets fresh memory from the system each time.
 #
 # Measure
 # -------
 #
-# Both sides return one stacked tensor of logits, in IEEE float32, with autograd
-# off. The timer uses all threads, runs every statement before it measures, and
-# keeps every repetition, so that the table can show the median and the spread. A
-# machine with an accelerator measures its CPU too. "Own data" is option 1,
-# "shared data" is option 2.
+# Both sides return one stacked tensor of logits, in IEEE float32, with autograd off.
+# The timer uses all threads and runs each statement before it measures, so the first
+# call is not counted. Each of its values is the mean of a block of calls; the table
+# shows the median of the values, their interquartile range and their number. A
+# machine with an accelerator measures its CPU too. "Own data" is option 1, "shared
+# data" is option 2. On NVIDIA GPUs the default, TF32, is faster for both sides and
+# may change their ratio.
 
-sizes = [1, 2, 5, 10, 20]
-seconds_per_model = 0.15
+sizes = {where: [1, 2, 5, 10, 20] for where in device_names}
+if device != cpu:
+    sizes[device] = [1, 2, 5, 10, 20, 50, 100]
 
-own = vmap(predict)
-shared = vmap(predict, in_dims=(0, 0, None))
 statements = {
     "loop, own data": "stack([m(x) for m, x in zip(models, minibatches)])",
     "vmap, own data": "own(params, buffers, minibatches)",
     "loop, shared data": "stack([m(minibatch) for m in models])",
     "vmap, shared data": "shared(params, buffers, minibatch)",
 }
+quartiles = torch.tensor([0.25, 0.5, 0.75])
 
 times = {}  # (device, statement, size) -> first quartile, median, third quartile [ms]
-for place in names:
-    fleet = [SimpleCNN().to(place) for _ in range(max(sizes))]
-    print(f"{names[place]}: milliseconds, median (interquartile range)")
+for where, device_name in device_names.items():
+    members = [SimpleCNN().to(where) for _ in range(max(sizes[where]))]
+    print(f"{device_name}: milliseconds, median (interquartile range, values)")
     print("models", *[f"{label:>19}" for label in statements])
-    for size in sizes:
+    for size in sizes[where]:
         scope = {"stack": torch.stack, "own": own, "shared": shared}
-        scope["models"] = fleet[:size]
-        scope["params"], scope["buffers"] = stack_module_state(fleet[:size])
-        scope["minibatches"] = data[:size].to(place)
-        scope["minibatch"] = data[0].to(place)
+        scope["models"] = members[:size]
+        scope["params"], scope["buffers"] = stack_module_state(members[:size])
+        scope["minibatches"] = data[:size].to(where)
+        scope["minibatch"] = data[0].to(where)
         print(f"{size:6}", end="")
         for label, statement in statements.items():
             timer = Timer(statement, globals=scope, num_threads=num_threads)
-            runs = timer.blocked_autorange(min_run_time=seconds_per_model * size)
-            quartiles = torch.tensor([0.25, 0.5, 0.75])
-            low, median, high = 1e3 * torch.tensor(runs.times).quantile(quartiles)
-            times[place, label, size] = low.item(), median.item(), high.item()
-            print(f"{f'{median:.2f} ({high - low:.2f})':>20}", end="")
+            seconds = min(3, max(0.5, 0.15 * size))
+            runs = timer.blocked_autorange(min_run_time=seconds).times
+            times[where, label, size] = (
+                1e3 * torch.tensor(runs).quantile(quartiles)
+            ).tolist()
+            low, median, high = times[where, label, size]
+            print(f"{f'{median:.2f} ({high - low:.2f}, {len(runs)})':>20}", end="")
         print()
 
 # %%
@@ -345,35 +331,43 @@ for place in names:
 
 looks = {
     "loop, own data": {"color": "C0", "marker": "o", "linestyle": "-"},
-    "vmap, own data": {"color": "C1", "marker": "o", "linestyle": "-"},
-    "loop, shared data": {"color": "C0", "marker": "s", "linestyle": "--"},
-    "vmap, shared data": {"color": "C1", "marker": "s", "linestyle": "--"},
+    "vmap, own data": {"color": "C1", "marker": "^", "linestyle": "-"},
+    "loop, shared data": {"color": "C0", "marker": "o", "linestyle": "--"},
+    "vmap, shared data": {"color": "C1", "marker": "^", "linestyle": "--"},
 }
 
-fig, _ = plt.subplots(
-    1, len(names), figsize=(5.6 * len(names), 4.2), sharey=True, layout="constrained"
-)
-for ax, place in zip(fig.axes, names, strict=True):
+panels = len(device_names)
+fig, _ = plt.subplots(panels, 1, figsize=(5.6, 4 * panels), layout="constrained")
+for ax, (where, device_name) in zip(fig.axes, device_names.items(), strict=True):
     for label, look in looks.items():
-        low, median, high = zip(
-            *[times[place, label, size] for size in sizes], strict=True
-        )
-        ax.loglog(sizes, median, label=label, **look)
-        ax.fill_between(sizes, low, high, color=look["color"], alpha=0.2, linewidth=0)
-    ax.set_title(f"Prediction of SimpleCNNs, batch 64, float32\n{names[place]}")
+        curve = torch.tensor([times[where, label, size] for size in sizes[where]])
+        low, median, high = curve.T.tolist()
+        ax.loglog(sizes[where], median, label=label, **look)
+        ax.fill_between(sizes[where], low, high, color=look["color"], alpha=0.2)
+    ax.set_title(f"Prediction of SimpleCNNs, batch 64, float32\n{device_name}")
     ax.set_xlabel("number of models")
-    ax.set_xticks(sizes, labels=sizes)
+    ax.set_ylabel("time [ms]")
+    ax.set_xticks(sizes[where], labels=sizes[where])
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.grid(True, alpha=0.3)
-fig.axes[0].set_ylabel("time [ms]")
 fig.axes[0].legend()
+
+findings = []
+for where, device_name in device_names.items():
+    for feed in ["own data", "shared data"]:
+        loop_time = times[where, f"loop, {feed}", num_models][1]
+        vmap_time = times[where, f"vmap, {feed}", num_models][1]
+        ratio = loop_time / vmap_time
+        findings.append(
+            f"{num_models} models with {feed} on {device_name}: "
+            f"loop {loop_time:.2f} ms, vmap {vmap_time:.2f} ms, so vmap is "
+            f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}."
+        )
 fig.set_label(
-    "Time of one prediction against the number of models, both axes logarithmic, "
-    f"one panel for each device ({', '.join(names.values())}). Four lines: loop and "
-    "vmap, each with own data and with shared data. Bands show the interquartile "
-    "range."
+    "Time of one prediction against the number of models, loop and vmap, both axes "
+    f"logarithmic, one panel for each device. {' '.join(findings)}"
 )
 
 # %%
@@ -381,43 +375,39 @@ fig.set_label(
 # ------------------
 #
 # On logarithmic axes, a line that rises as steeply as the number of models means
-# that every further model costs its full price; a flat line means that it is
-# free. The distance between two lines is the ratio of their times.
+# that each further model takes as long as the first; a flat line means that it adds
+# no time. The distance between two lines is the ratio of their times.
 
-for place in names:
-    print(f"{num_models} models on {names[place]}")
-    for feed in ["own data", "shared data"]:
-        loop_time = times[place, f"loop, {feed}", num_models][1]
-        vmap_time = times[place, f"vmap, {feed}", num_models][1]
-        ratio = loop_time / vmap_time
-        print(
-            f"  {feed}: loop {loop_time:.2f} ms, vmap {vmap_time:.2f} ms, so vmap is "
-            f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}"
-        )
+print(*findings, sep="\n")
 
 # %%
-# **If vmap is faster here**, the single calls of the loop left the device
-# waiting: their overhead came to more than their arithmetic, and ``vmap`` pays
-# it once. Larger images, larger batches or wider layers fill the device with
-# one model alone and turn this around.
+# **If vmap is faster here**, the single calls of the loop left the device waiting:
+# their overhead came to more than their arithmetic, and ``vmap`` pays it once. Larger
+# images, larger batches or wider layers can turn this around.
 #
-# **If vmap is slower here**, the device was busy with every single model. There
-# was little overhead to share, and the grouped convolution needs more time than
-# ordinary convolutions with the same arithmetic. On CPUs with few cores this is
-# the normal result for this network. A smaller model or batch, or linear layers
-# in place of convolutions, turns it around.
+# **If vmap is slower here**, sharing the calls saved less than the larger steps cost:
+# intermediate results that no longer fit the cache, fresh memory for each of them,
+# separate additions of biases, and on some libraries slow grouped convolutions. This
+# is the normal result for this network on a CPU with few cores. A smaller model or
+# batch can turn it around. On Linux you can see the share of the memory yourself: run
+# this page as a script with settings that make the process keep what it was given.
 #
-# In both cases the equality above holds. So write the ensemble with ``vmap``
-# because it is one function of one set of tensors, which you can train, save and
-# move as a whole, and measure before you call it fast.
+# .. code-block:: sh
+#
+#    keep=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=9999999999
+#    GLIBC_TUNABLES=$keep python plot_ensembling.py
+#
+# In both cases the equality above holds. So write the ensemble with ``vmap`` because
+# it is one function of one set of tensors, which you can train, save and move as a
+# whole, and measure before you call it fast.
 #
 # Combine the predictions
 # -----------------------
 #
 # Ten answers are not yet a prediction. Two ways to make one are common:
 #
-# - the **mean of the softmax**: average the members' probabilities, take the
-#   most probable class;
+# - the **mean of the softmax**: average the members' probabilities, take the most
+#   probable class;
 # - the **majority vote**: every member names a class, the most named wins.
 #
 # How often two members disagree says how much the ensemble can add: members that
@@ -427,56 +417,47 @@ for place in names:
 probabilities = vmap2.softmax(dim=-1)  # [10, 64, 10]: member, image, class
 mean_probabilities = probabilities.mean(dim=0)  # [64, 10]
 votes = vmap2.argmax(dim=-1)  # [10, 64]
-counts = F.one_hot(votes, 10).sum(dim=0)  # [64, 10]: members that name each class
+counts = F.one_hot(votes, num_classes).sum(dim=0)  # [64, 10]: votes for each class
 
 by_mean = mean_probabilities.argmax(dim=-1)  # [64]
 by_vote = counts.argmax(dim=-1)  # [64]; the lowest class wins a tie
-support = counts.max(dim=-1).values  # [64]: members behind the winner
-tied = (counts == support[:, None]).sum(dim=-1) > 1
+winner = counts.max(dim=-1).values  # [64]: votes for the winner
+tied = (counts == winner[:, None]).sum(dim=-1) > 1
 differing_pairs = (votes[:, None] != votes[None, :]).sum(dim=(0, 1))
 disagreement = differing_pairs / (num_models * (num_models - 1))  # [64]
 
-print(f"images: {len(by_mean)}, of which the vote is tied for {tied.sum()}")
+print(f"{len(by_mean)} images; the vote is tied for {tied.sum()} of them")
+print(f"the winner has {winner.min()} to {winner.max()} of {num_models} votes")
 print(f"mean and vote name the same class for {(by_mean == by_vote).sum()} images")
 print(f"two members disagree on {disagreement.mean():.0%} of the images")
-print("two members that guess among ten classes would disagree on", f"{1 - 1 / 10:.0%}")
+print("different classes that each member names:", *[len(v.unique()) for v in votes])
+print(f"probabilities: {probabilities.min():.3f} to {probabilities.max():.3f}")
 
 # %%
-
-fig, ax = plt.subplots(layout="constrained")
-bars = ax.bar(
-    range(1, num_models + 1), torch.bincount(support, minlength=11)[1:].tolist()
-)
-ax.bar_label(bars)
-ax.set_title(f"Votes of {num_models} untrained CNNs on {names[device]}, float32")
-ax.set_xlabel("members that name the winning class")
-ax.set_ylabel("number of images")
-ax.set_xticks(range(1, num_models + 1))
-fig.set_label(
-    f"Bar chart of how many of the {num_models} members name the winning class, "
-    "against the number of images for which that happens. A bar at the right end "
-    "would mean that all members agree."
-)
-
-# %%
-# Untrained members know nothing, and the figure shows it: the winner has few
-# votes and the members disagree nearly as often as guesses do. With trained
-# members the bars move to the right, and the images that stay on the left are
-# those on which the ensemble is unsure. That is what an ensemble tells you and a
-# single model cannot.
+# These members are untrained, and it shows. Each prefers the same few classes for
+# every image, and its probabilities are all near one tenth, so the mean decides on
+# tiny differences that no vote sees: the two often differ. Training changes both:
+# trained members agree on most images, and the images on which they do not are those
+# on which the ensemble is unsure. That is what an ensemble tells you and a single
+# model cannot.
 #
 # What ``vmap`` can take
 # ----------------------
 #
 # ``vmap`` runs your Python function **once**, with tensors that stand for all
-# members at the same time. It is made for *pure* functions: tensors in, tensors
-# out, nothing else read or changed. In-place operations on tensors that the
-# function made itself work. Everything that needs the *value* of a tensor in
-# Python does not, because there is no single value: ``if``, ``.item()``,
-# ``print``. Random operations such as dropout need to be told, by ``randomness=``,
-# whether all members draw the same numbers.
+# members at the same time. It is made for *pure* functions: tensors in, tensors out,
+# nothing else read or changed.
 #
-# Changes to Python objects do happen, but once and not once a member:
+# - In-place operations work on tensors that already differ between members, such as
+#   ``x.clone().add_(1)`` or ``x.new_zeros(4).add_(x)``. ``torch.zeros(4).add_(x)``
+#   fails: it would write ten members' values into one tensor.
+# - Whatever needs the *value* of a tensor in Python fails, because there is no single
+#   value: ``if``, ``.item()``, an f-string with a number format. So does a result
+#   whose *shape* depends on values, such as ``nonzero``.
+# - Random operations such as dropout need to be told, by ``randomness=``, whether all
+#   members draw the same numbers.
+#
+# Changes to Python objects happen once in total, not once for each member:
 
 seen = []
 
@@ -510,19 +491,20 @@ def invert_dark(x):
     return x if x.mean() > 0 else -x
 
 
-print("1.", refusal(vmap(predict), params, buffers, minibatch), "\n")
+print("1.", refusal(own, params, buffers, minibatch), "\n")
 print("2.", refusal(vmap(invert_dark), minibatches))
 
 # %%
 # 1. A shared minibatch needs ``in_dims=(0, 0, None)``. Without it, ``vmap`` takes
-#    the 64 images of the batch for 64 models.
+#    the 64 images of the batch for 64 models. If both numbers happen to be equal,
+#    this check cannot notice: compare the shape of the result.
 # 2. A decision that depends on a tensor has to be made by a tensor operation:
 #    ``torch.where(x.mean() > 0, x, -x)``.
 #
-# Last, the two global switches go back to where they were.
+# Last, the global switches go back to where they were.
 
-torch.backends.cudnn.conv.fp32_precision = default_precision
 torch.set_grad_enabled(True)
+conv.fp32_precision, matmul.fp32_precision = default_precision
 
 # %%
 # Remember
