@@ -69,8 +69,8 @@ def add_head(app, doctree):
         machine = json.loads(source.with_suffix(RAN_ON).read_text(encoding="utf-8"))
         seconds = 60 * int(minutes) + float(rest)
         head += _line("This page ran on ", f"{describe(machine)}, in {seconds:.1f} s.")
-    for text, outdated, cells in doctree["machines"]:
-        head += _line("Recorded on ", f"{text}.")
+    for text, seconds, outdated, cells in doctree["machines"]:
+        head += _line("Recorded on ", f"{text}, in {seconds:.1f} s.")
         if outdated:
             head += _line(
                 "Earlier code: ",

@@ -460,7 +460,8 @@ def join(app, doctree):
         current = current_outputs(recording, hashes)
         changed = len(cells) - len(current)
         app.recordings_table[tutorial, name] = changed
-        doctree["machines"].append((describe(machine), changed, len(cells)))
+        about = describe(machine), recording["seconds"], changed, len(cells)
+        doctree["machines"].append(about)
         content = {at: recorded_content(paths) for at, paths in current.items()}
         shown = {at: recorded_nodes(app, paths) for at, paths in current.items()}
         sources.append((machine, short_name(machine), name, content, shown))

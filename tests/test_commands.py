@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from conftest import environment, page, run, write_tutorial
+from conftest import ROOT, environment, page, run, write_tutorial
 from conftest import small_nox as nox
 
 
@@ -181,3 +181,9 @@ def test_clean_removes_what_is_generated(small):
     assert nox("clean", cwd=small).returncode == 0
     assert not (small / "_build").exists()
     assert not (small / "auto_tutorials").exists()
+
+
+def test_links_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\(([^):]+)\)", text):
+        assert (ROOT / link).exists(), f"README.md: {link}"

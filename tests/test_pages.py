@@ -47,13 +47,16 @@ def test_page_really_ran(page):
     assert not page.select(".highlight-pytb"), "the page shows a traceback"
 
 
-def test_figures_have_an_alternative_text(page):
+def test_figures_are_small_and_have_an_alternative_text(page, html, tutorial):
     figures = page.select("img.tutorial-figure")
     assert figures
     for figure in figures:
         alt = figure["alt"]
         assert len(alt.split()) > 8, f"too short to describe a figure: {alt!r}"
         assert "sphx_glr" not in alt
+        image = (html / "auto_tutorials" / name_of(tutorial)).parent / figure["src"]
+        if b"<image" not in image.read_bytes():  # without raster content
+            assert image.stat().st_size < 30_000, "draw fewer points"
         assert ".svg" not in alt
 
 
