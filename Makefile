@@ -22,19 +22,23 @@ html-noplot recordings linkcheck lint clean: .venv/ready
 	@$(NOX) $@
 
 unpack: .venv/ready
-	@$(NOX) unpack -- $(ARCHIVE)
+	@$(NOX) unpack -- $(if $(ARCHIVE),'$(ARCHIVE)')
 
 wheels: .venv/ready
-	@$(NOX) wheels -- $(WHEELS_PYTHON)
+	@$(NOX) wheels -- $(WHEELS_PYTHON) $(WHEELS_PROCESSOR)
 
 # With WHEELS, a folder that "make wheels" made elsewhere, nothing is downloaded: the
 # wheels go to .record/, and torch, numpy and matplotlib are those of $(PYTHON).
 ifdef WHEELS
-record: .record/ready
-	@PYTHONPATH=.record $(PYTHON) -m nox -s record -- $(MACHINE)
+record:
+	rm -rf .record
+	$(PYTHON) -m pip install --disable-pip-version-check --no-index --quiet \
+		--find-links "$(WHEELS)" --target .record -r requirements-record.txt
+	@PYTHONPATH="$(CURDIR)/.record$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(PYTHON) -m nox -s record -- $(if $(MACHINE),'$(MACHINE)')
 else
 record: .venv/ready
-	@$(NOX) record -- $(MACHINE)
+	@$(NOX) record -- $(if $(MACHINE),'$(MACHINE)')
 endif
 
 help:
@@ -56,10 +60,4 @@ help:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and $(OLD_PYTHON) % v)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
-	@touch $@
-
-.record/ready: requirements-record.txt
-	rm -rf .record
-	$(PYTHON) -m pip install --disable-pip-version-check --no-index \
-		--find-links "$(WHEELS)" --target .record -r requirements-record.txt
 	@touch $@

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent
 TUTORIALS = ROOT / "tutorials"
 BUILD = ROOT / "_build"
 OLDEST_TORCH = (2, 11)
+LARGEST_WHEELS = 50  # MiB
 
 
 def sphinx(session, builder, outdir, *options):
@@ -28,15 +29,26 @@ def sphinx(session, builder, outdir, *options):
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         session.error(
-            "torch is not installed here. Run 'make', which installs it into .venv."
+            f"{sys.executable} has no torch. 'make' installs it into .venv; with "
+            "WHEELS, name a Python that has it: make record WHEELS=... PYTHON=..."
         )
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         session.error(
             f"torch {version} is too old: the tutorials need torch {oldest} or newer."
         )
+    forget_deleted_tutorials()
     options = ["-n", "-W", "--keep-going", "-d", BUILD / "doctrees", *options]
     session.run(sys.executable, "-m", "sphinx", "-b", builder, *options, ROOT, outdir)
+
+
+def forget_deleted_tutorials():
+    """Remove what was generated from scripts that are gone."""
+    for folder in [ROOT / "auto_tutorials", BUILD / "stage" / "auto_tutorials"]:
+        for path in folder.glob("*/plot_*"):
+            script = TUTORIALS / path.parent.name / f"{path.name.split('.')[0]}.py"
+            if not script.exists():
+                path.unlink()
 
 
 def publish(session):
@@ -112,21 +124,29 @@ def unpack(session):
     """Check an archive that 'record' made elsewhere and put it into recordings/."""
     if not session.posargs:
         session.error("say which archive: make unpack ARCHIVE=nvidia-h100.tar.gz")
-    session.run(sys.executable, "_ext/recordings.py", session.posargs[0])
+    session.run(sys.executable, "_ext/recording_files.py", session.posargs[0])
 
 
 @nox.session
 def wheels(session):
-    """Collect what recording needs on a machine without network into wheels/."""
-    platforms = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 17, 12, 5)]
-    platforms += ["manylinux2014_x86_64", "manylinux1_x86_64"]
+    """Collect wheels/ for recording without network; -- PYTHON-VERSION PROCESSOR."""
+    version = session.posargs[0] if session.posargs else "3.12"
+    processor = session.posargs[1] if len(session.posargs) > 1 else "x86_64"
+    folder = ROOT / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    platforms = [f"manylinux_2_{minor}_{processor}" for minor in (28, 27, 17, 12, 5)]
     session.run(
         *[sys.executable, "-m", "pip", "download", "--disable-pip-version-check"],
-        *["--only-binary=:all:", "--implementation=cp"],
-        *[f"--python-version={session.posargs[0] if session.posargs else '3.12'}"],
-        *[f"--platform={platform}" for platform in platforms],
-        *["--dest", "wheels", "-r", "requirements-record.txt"],
+        *["--only-binary=:all:", "--implementation=cp", f"--python-version={version}"],
+        *[f"--platform={platform}" for platform in (*platforms, f"linux_{processor}")],
+        *["--dest", folder, "-r", "requirements-record.txt"],
     )
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    session.log(
+        f"wheels/ has {size:.0f} MiB, for Python {version} on Linux {processor}"
+    )
+    if size > LARGEST_WHEELS:
+        session.error(f"that is more than the {LARGEST_WHEELS} MiB that it may have")
 
 
 @nox.session
@@ -174,5 +194,5 @@ def test(session):
 @nox.session
 def clean(session):
     """Remove everything that is generated. The environment .venv stays."""
-    for folder in ["_build", "auto_tutorials"]:
+    for folder in ["_build", "auto_tutorials", ".record", "wheels"]:
         shutil.rmtree(ROOT / folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Who this machine is: device, driver, processor, versions, date."""
 
 import datetime
+import functools
 import os
 import platform
 import re
@@ -10,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-RAN_ON = ".ran_on.json"  # ending of the file beside a generated page: where it ran
 
-# What must be the same for two descriptions to be of one machine.
-HARDWARE = ("accelerator", "memory", "cpu", "cores")
-
-
+@functools.cache
 def cpu_model():
     """Name of the processor, as the system gives it."""
+    if platform.system() == "Darwin":
+        return output_of("sysctl", "-n", "machdep.cpu.brand_string")
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
@@ -33,22 +32,29 @@ def cpu_cores():
     return os.cpu_count()
 
 
-def nvidia_driver():
-    """Version of the NVIDIA driver, or None where nvidia-smi is missing."""
-    if not shutil.which("nvidia-smi"):
+def output_of(*command):
+    """First line that a command prints, or None where it is missing or fails."""
+    if not shutil.which(command[0]):
         return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True)
-    return answer.stdout.split()[0]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else None
+
+
+@functools.cache
+def nvidia_driver():
+    """Version of the NVIDIA driver, or None where nvidia-smi does not tell."""
+    return output_of(
+        "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    )
 
 
 def this_machine():
-    """Describe the machine that runs this code, as a dictionary of plain values.
+    """Describe the machine that runs this code; the fields are recording_files.MACHINE.
 
     ``accelerator``, ``memory`` (GiB), ``driver`` and ``cuda`` are None without one.
     """
     accelerator = memory = driver = None
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         accelerator = device.type
         if device.type == "cuda":
@@ -75,8 +81,9 @@ def short_name(machine):
 
 
 def slug(machine):
-    """Folder name of a machine: nvidia-h100-80gb-hbm3, amd-epyc-2-cores."""
-    return re.sub(r"[^a-z0-9]+", "-", short_name(machine).lower()).strip("-")
+    """Folder name of a machine: nvidia-h100-80gb-hbm3, intel-xeon-2-cores."""
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*ghz", " ", short_name(machine).lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def describe(machine):

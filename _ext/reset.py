@@ -22,6 +22,7 @@ _SWITCHES = [
         (torch.backends.mkldnn.matmul, "fp32_precision"),
         (torch.backends.cudnn, "benchmark"),
         (torch.backends.cudnn, "deterministic"),
+        (torch.backends.cudnn, "enabled"),
     ]
 ]
 _NUM_THREADS = torch.get_num_threads()
@@ -37,11 +38,12 @@ def reset(gallery_conf, fname):
     torch.set_default_device(None)
     torch.set_num_threads(_NUM_THREADS)
     torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")  # first: it changes a switch below
     for owner, name, value in _SWITCHES:
         setattr(owner, name, value)
     if "torch._dynamo" in sys.modules:  # not imported before the first torch.compile
         torch._dynamo.reset()
     gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "_ext"))
-import recordings  # noqa: E402
+import recording_files  # noqa: E402
 
 TUTORIALS = sorted((ROOT / "tutorials").rglob("plot_*.py"))
 
@@ -25,8 +25,10 @@ OUTSIDE = str(Path(__file__).parent / "outside")
 
 
 def environment(**changes):
-    """Environment in which tutorials measure briefly and need no display."""
-    return os.environ | {"PYTHONPATH": OUTSIDE, "MPLBACKEND": "agg"} | changes
+    """Environment in which tutorials measure briefly and no display is to be had."""
+    display = {"DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"}
+    plain = {key: value for key, value in os.environ.items() if key not in display}
+    return plain | {"PYTHONPATH": OUTSIDE} | changes
 
 
 def run(*command, cwd, **changes):
@@ -162,9 +164,10 @@ def imagine_machine(site, tutorial, texts):
     root = site / "recordings"
     (own,) = [path for path in root.iterdir() if path.name != "gpu"]
     cells = []
-    for number, cell in enumerate(recordings.load_tutorial(own / tutorial)["cells"], 1):
-        outputs = recordings.recorded_content(cell["outputs"])
+    own_cells = recording_files.load_tutorial(own / tutorial)["cells"]
+    for number, cell in enumerate(own_cells, 1):
+        outputs = [output[:2] for output in cell["outputs"]]
         if number in texts:
             outputs = [("text", texts[number])]
         cells.append((cell["code"], outputs))
-    recordings.save_tutorial(root, "gpu", tutorial, MACHINE, 1.0, cells)
+    recording_files.save_tutorial(root, "gpu", tutorial, MACHINE, 1.0, cells)

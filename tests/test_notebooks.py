@@ -35,9 +35,7 @@ def test_runs_in_an_empty_folder(site, tutorial, tmp_path):
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     )
-    environ = environment()
-    del environ["MPLBACKEND"]  # a notebook shows its figures
-    client.execute(env=environ)
+    client.execute(env=environment())
     figures = [
         output
         for cell in notebook.cells

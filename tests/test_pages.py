@@ -35,7 +35,8 @@ def page(html, pages, tutorial):
 
 
 def test_page_really_ran(page):
-    head = page.select_one(".ran-on").text
+    head = page.select_one(".ran-on .line").text
+    assert head.startswith("This page ran on")
     seconds = float(re.search(r"in ([\d.]+) s", head)[1])
     assert seconds > 0
     assert f"torch {importlib.metadata.version('torch')}" in head

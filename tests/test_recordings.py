@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
@@ -20,9 +21,9 @@ from conftest import (
 )
 
 sys.path.insert(0, str(ROOT / "_ext"))
-from sphinx.errors import ExtensionError
-
-import recordings
+import machine
+import recording_files
+from recording_files import RecordingError
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg"><title>A line, {}</title>'
@@ -37,13 +38,13 @@ def save(
 ):
     """Write a small recording of two cells."""
     cells = [
-        (recordings.code_hash(FIRST), [("text", "the same on every machine\n")]),
+        (recording_files.code_hash(FIRST), [("text", "the same on every machine\n")]),
         (
-            recordings.code_hash(SECOND),
+            recording_files.code_hash(SECOND),
             [("figure", SVG.format(text.strip())), ("text", text)],
         ),
     ]
-    recordings.save_tutorial(root, name, tutorial, machine, 1.5, cells)
+    recording_files.save_tutorial(root, name, tutorial, machine, 1.5, cells)
     return root / name / tutorial
 
 
@@ -52,14 +53,14 @@ def save(
 
 def test_what_is_saved_is_loaded(tmp_path):
     save(tmp_path)
-    loaded = recordings.load(tmp_path)
+    loaded = recording_files.load(tmp_path)
     cells = loaded["gpu"]["basics/plot_alpha"]["cells"]
     assert [cell["code"] for cell in cells] == [
-        recordings.code_hash(FIRST),
-        recordings.code_hash(SECOND + "  \n"),
+        recording_files.code_hash(FIRST),
+        recording_files.code_hash(SECOND + "  \n"),
     ]
-    assert [path.name for path in cells[1]["outputs"]] == ["02-1.svg", "02.txt"]
-    assert cells[1]["outputs"][1].read_text() == "fast\n"
+    assert [path.name for _, _, path in cells[1]["outputs"]] == ["02-1.svg", "02-2.txt"]
+    assert cells[1]["outputs"][1][1] == "fast\n"
 
 
 def edit(path, old, new):
@@ -71,15 +72,22 @@ def edit(path, old, new):
 def redo(folder, name, content):
     """Change an output as somebody would who also knows how to renew the hashes."""
     (folder / name).write_text(content)
-    data = recordings.read_json(folder / "recording.json")
-    data["files"][name] = recordings.sha256(content.encode())
-    recordings.write_json(folder / "recording.json", data)
+    data = recording_files.read_json(folder / "recording.json")
+    data["files"][name] = recording_files.sha256(content.encode())
+    recording_files.write_json(folder / "recording.json", data)
+
+
+def change(folder, how):
+    """Change recording.json as one would who knows how to renew its digest."""
+    data = recording_files.read_json(folder / "recording.json")
+    how(data)
+    recording_files.write_json(folder / "recording.json", data)
 
 
 DAMAGES = {
     "text edited": (
-        lambda f: edit(f / "02.txt", "fast", "faster"),
-        "02.txt",
+        lambda f: edit(f / "02-2.txt", "fast", "faster"),
+        "02-2.txt",
         "changed",
     ),
     "figure missing": (lambda f: (f / "02-1.svg").unlink(), "02-1.svg", "missing"),
@@ -98,21 +106,25 @@ DAMAGES = {
         "recording.json",
         "schema",
     ),
-    "file too many": (lambda f: (f / "03.txt").write_text("x"), "03.txt", "differ"),
+    "file too many": (
+        lambda f: (f / "03-1.txt").write_text("x"),
+        "03-1.txt",
+        "missing or surplus",
+    ),
     "machine.json missing": (
         lambda f: (f.parents[1] / "machine.json").unlink(),
         "machine.json",
         "missing",
     ),
     "script in text": (
-        lambda f: redo(f, "02.txt", "<script>alert(1)</script>"),
-        "02.txt",
+        lambda f: redo(f, "02-2.txt", "<script>alert(1)</script>"),
+        "02-2.txt",
         "script markup",
     ),
     "script in figure": (
         lambda f: redo(f, "02-1.svg", SVG.format("</title><script>x</script><title>")),
         "02-1.svg",
-        "active element <script>",
+        "foreign element <script>",
     ),
     "event in figure": (
         lambda f: redo(
@@ -133,7 +145,7 @@ DAMAGES = {
             f, "02-1.svg", SVG.format("x").replace("currentColor", "url(http://a.b/)")
         ),
         "02-1.svg",
-        "refers to another file",
+        "style refers to another file",
     ),
     "entities in figure": (
         lambda f: redo(
@@ -148,48 +160,122 @@ DAMAGES = {
         "alternative text",
     ),
     "not a figure": (lambda f: redo(f, "02-1.svg", "<svg"), "02-1.svg", "not readable"),
+    "foreign element": (
+        lambda f: redo(
+            f,
+            "02-1.svg",
+            SVG.format("x").replace(
+                "<path", '<object xmlns="http://www.w3.org/1999/xhtml"'
+            ),
+        ),
+        "02-1.svg",
+        "foreign element",
+    ),
+    "style sheet": (
+        lambda f: redo(
+            f, "02-1.svg", '<?xml-stylesheet href="a.css"?>' + SVG.format("x")
+        ),
+        "02-1.svg",
+        "instructions",
+    ),
+    "no text": (
+        lambda f: (f / "02-2.txt").write_bytes(b"\xff"),
+        "02-2.txt",
+        "changed",
+    ),
+    "output elsewhere": (
+        lambda f: change(f, lambda d: d["cells"][1].update(outputs=["../02-2.txt"])),
+        "../02-2.txt",
+        "missing or surplus",
+    ),
+    "no seconds": (
+        lambda f: change(f, lambda d: d.pop("seconds")),
+        "recording.json",
+        "seconds",
+    ),
+    "odd machine": (
+        lambda f: change(f, lambda d: d["machine"].update(driver=["x"])),
+        "recording.json",
+        "no good driver",
+    ),
+    "odd code": (
+        lambda f: change(f, lambda d: d["cells"][0].update(code=["x"])),
+        "recording.json",
+        "code",
+    ),
 }
 
 
 @pytest.mark.parametrize(("damage", "file", "reason"), DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_named_with_file_and_reason(tmp_path, damage, file, reason):
     damage(save(tmp_path))
-    with pytest.raises(recordings.Damaged) as caught:
-        recordings.load(tmp_path)
+    with pytest.raises(RecordingError) as caught:
+        recording_files.load(tmp_path)
     assert file in str(caught.value)
     assert reason in str(caught.value)
 
 
 def test_recording_from_another_machine_is_named(tmp_path):
     folder = save(tmp_path)
-    data = recordings.read_json(folder / "recording.json")
+    data = recording_files.read_json(folder / "recording.json")
     data["machine"]["cores"] = 3
-    recordings.write_json(folder / "recording.json", data)
-    with pytest.raises(recordings.Damaged, match="cores 16 against 3"):
-        recordings.load(tmp_path)
+    recording_files.write_json(folder / "recording.json", data)
+    with pytest.raises(RecordingError, match="cores 16 against 3"):
+        recording_files.load(tmp_path)
 
 
-def test_failed_or_killed_save_leaves_the_former_recording(tmp_path, monkeypatch):
-    folder = save(tmp_path)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(recordings.Damaged):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_failed_save_leaves_the_former_recording(tmp_path):
+    before = contents(save(tmp_path))
+    with pytest.raises(RecordingError):
         save(tmp_path, text="<script>")
+    assert contents(tmp_path / "gpu/basics/plot_alpha") == before
 
-    def killed(*arguments):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(recordings, "write_json", killed)
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("cleans_up", [True, False], ids=["interrupted", "killed"])
+def test_interrupted_save_leaves_one_whole_recording(
+    tmp_path, monkeypatch, moment, cleans_up
+):
+    before = contents(save(tmp_path))
+    rename, calls = Path.rename, []
+
+    def interrupted(self, target):
+        """Interrupt before or after the first or second of the two renames."""
+        calls.append(target)
+        if len(calls) == moment // 2 + 1 and moment % 2 == 0:
+            raise KeyboardInterrupt
+        done = rename(self, target)
+        if len(calls) == moment // 2 + 1:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    if not cleans_up:  # what a killed process leaves: no handler runs
+        monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, text="never\n")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        save(tmp_path, text="new\n")
     monkeypatch.undo()
-    (folder.parent / ".new-left-over").mkdir()  # a process that could not clean up
-    assert list(recordings.load(tmp_path)["gpu"]) == ["basics/plot_alpha"]
+    assert list(recording_files.load(tmp_path)["gpu"]) == ["basics/plot_alpha"]
+    after = contents(tmp_path / "gpu/basics/plot_alpha")
+    assert after == before or after["02-2.txt"] == b"new\n"
+
+
+def test_killed_between_the_renames_is_recovered(tmp_path):
+    folder = save(tmp_path)
+    before = contents(folder)
+    folder.rename(folder.with_name(".former-plot_alpha"))
+    (folder.parent / ".new-left-over").mkdir()
+    assert list(recording_files.load(tmp_path)["gpu"]) == ["basics/plot_alpha"]
+    assert contents(folder) == before
 
 
 def test_name_taken_by_other_hardware_is_refused(tmp_path):
     save(tmp_path)
-    with pytest.raises(ExtensionError, match="memory 80 against 40"):
+    with pytest.raises(RecordingError, match="memory 80 against 40"):
         save(tmp_path, machine=MACHINE | {"memory": 40})
 
 
@@ -199,55 +285,74 @@ def test_archive_goes_there_and_back(tmp_path):
     save(here, text="old\n")
     save(here, tutorial="basics/plot_beta")
     archive = tmp_path / "gpu.tar.gz"
-    assert recordings.pack(there, "gpu", archive) < recordings.LARGEST_ARCHIVE
-    assert recordings.unpack(archive, here) == "gpu"
-    loaded = recordings.load(here)["gpu"]
+    assert recording_files.pack(there, "gpu", archive) < recording_files.LARGEST_ARCHIVE
+    (said,) = recording_files.unpack(archive, here)
+    assert said == "gpu/basics/plot_alpha of 2026-01-02, replaces that of 2026-01-02"
+    loaded = recording_files.load(here)["gpu"]
     assert set(loaded) == {"basics/plot_alpha", "basics/plot_beta"}
-    assert (here / "gpu/basics/plot_alpha/02.txt").read_text() == "new\n"
+    assert (here / "gpu/basics/plot_alpha/02-2.txt").read_text() == "new\n"
     assert {path.name for path in here.iterdir()} == {"gpu"}, "nothing else is left"
 
 
-def archive_of(tmp_path, **members):
-    archive = tmp_path / "bad.tar.gz"
+def with_member(tmp_path, name, content="x", link=""):
+    """A sound archive with one member more."""
+    save(tmp_path / "there")
+    archive = tmp_path / "gpu.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            if content.startswith("->"):
-                info.type, info.linkname = tarfile.SYMTYPE, content[2:]
-                tar.addfile(info)
-            else:
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content.encode()))
+        tar.add(tmp_path / "there/gpu", arcname="gpu")
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        if link:
+            info.type, info.linkname, info.size = tarfile.SYMTYPE, link, 0
+        tar.addfile(info, io.BytesIO(content.encode()))
     return archive
 
 
 @pytest.mark.parametrize(
-    "members",
+    ("member", "reason"),
     [
-        {"../outside.txt": "x"},
-        {"/tmp/outside.txt": "x"},
-        {"gpu/../../outside.txt": "x"},
-        {"gpu": "->/tmp"},
-        {"gpu/machine.json": "{}"},
-        {"a/machine.json": "{}", "b/machine.json": "{}"},
+        ({"name": "../outside.txt"}, "points outside"),
+        ({"name": "/tmp/outside.txt"}, "points outside"),
+        ({"name": "gpu/../../outside.txt"}, "points outside"),
+        ({"name": "gpu/basics/plot_b", "link": "/tmp"}, "not a plain file"),
+        ({"name": "other/machine.json"}, "the folder of one machine"),
+        ({"name": "gpu/basics/plot_b"}, "does not belong here"),
+        ({"name": "gpu/basics/plot_alpha/09-1.txt"}, "missing or surplus"),
     ],
     ids=str,
 )
-def test_bad_archive_is_refused_and_nothing_is_written(tmp_path, members):
+def test_bad_archive_is_refused_and_nothing_is_written(tmp_path, member, reason):
     here = tmp_path / "here"
-    with pytest.raises(ExtensionError):
-        recordings.unpack(archive_of(tmp_path, **members), here)
+    with pytest.raises(RecordingError, match=reason):
+        recording_files.unpack(with_member(tmp_path, **member), here)
     assert list(here.iterdir()) == []
     assert not (tmp_path / "outside.txt").exists()
+    assert not Path("/tmp/outside.txt").exists()
+
+
+def test_archive_that_is_cut_off_or_too_large_is_refused(tmp_path, monkeypatch):
+    archive, here = with_member(tmp_path, "gpu/basics/.hidden"), tmp_path / "here"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RecordingError, match="not a whole archive"):
+        recording_files.unpack(archive, here)
+    archive.write_bytes(whole)
+    monkeypatch.setattr(recording_files, "LARGEST_CONTENT", 100)
+    with pytest.raises(RecordingError, match="too large"):
+        recording_files.unpack(archive, here)
+    monkeypatch.setattr(recording_files, "LARGEST_ARCHIVE", 100)
+    with pytest.raises(RecordingError, match="larger than a recording"):
+        recording_files.unpack(archive, here)
+    assert list(here.iterdir()) == []
 
 
 def test_damaged_archive_is_refused(tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     folder = save(there)
-    edit(folder / "02.txt", "fast", "faster")
-    recordings.pack(there, "gpu", tmp_path / "gpu.tar.gz")
-    with pytest.raises(recordings.Damaged, match=r"02\.txt"):
-        recordings.unpack(tmp_path / "gpu.tar.gz", here)
+    edit(folder / "02-2.txt", "fast", "faster")
+    recording_files.pack(there, "gpu", tmp_path / "gpu.tar.gz")
+    with pytest.raises(RecordingError, match=r"02-2\.txt"):
+        recording_files.unpack(tmp_path / "gpu.tar.gz", here)
     assert list(here.iterdir()) == []
 
 
@@ -311,8 +416,12 @@ def recorded(recorded_once, tmp_path):
 def test_tabs_stand_where_machines_differ_and_only_there(recorded):
     tabs = alpha(recorded).select(".sd-tab-set")
     assert len(tabs) == 1
-    assert labels(recorded)[:2] == ["Imaginary GPU", "This build"]
-    assert len(labels(recorded)) == 3, "this machine's recording is the third"
+    own = machine.this_machine()
+    order = ["Imaginary GPU", "This build"]
+    if own["accelerator"]:
+        order.reverse()
+    assert labels(recorded)[:2] == order, "accelerators, then this build"
+    assert labels(recorded)[2] == machine.short_name(own)
     assert "from the GPU" in tabs[0].text
     assert page(recorded, "alpha").count("the same on every machine</") == 1
     head = alpha(recorded).select_one(".ran-on").text
@@ -334,22 +443,46 @@ def test_edits_lose_exactly_the_outputs_of_edited_code(recorded):
     nox("html", cwd=recorded)
     assert labels(recorded) == []
     assert "from the GPU" not in page(recorded, "alpha")
-    assert (
-        "1 of 2 code cells have changed" in alpha(recorded).select_one(".ran-on").text
-    )
+    assert "1 code cell has changed" in alpha(recorded).select_one(".ran-on").text
     table = nox("recordings", cwd=recorded)
     assert re.search(r"basics/plot_alpha +1 cell outdated +1 cell outdated", table)
+
+
+def test_cell_taken_away_is_told(recorded):
+    path = recorded / "tutorials/basics/plot_alpha.py"
+    edit(path, FIRST, "pass")
+    text = path.read_text()
+    path.write_text(
+        text[: text.index("# Prose before the first")]
+        + text[text.index("# Prose before the second") :]
+    )
+    nox("html", cwd=recorded)
+    assert "Imaginary GPU" in labels(recorded)
+    assert "1 code cell has changed since that recording" in page(recorded, "alpha")
+
+
+def test_figure_of_edited_code_is_not_shown_elsewhere(recorded):
+    write_tutorial(recorded, "beta", code="print('edited')")
+    nox("html-noplot", cwd=recorded)
+    index = (recorded / "_build/html/index.html").read_text()
+    assert "made up for a test" not in index
+    assert "appears here after" in index
+    section = recorded / "_build/html/auto_tutorials/basics/index.html"
+    assert "-1.svg" not in section.read_text(), "no recorded thumbnail"
 
 
 def test_recordings_alone_make_the_pages(recorded):
     nox("clean", cwd=recorded)
     nox("html-noplot", cwd=recorded)
-    assert labels(recorded)[0] == "Imaginary GPU"
+    assert "Imaginary GPU" in labels(recorded)
     assert "This build" not in labels(recorded)
     assert "the same on every machine" in alpha(recorded).text
-    assert "Not run" not in alpha(recorded).text
     index = (recorded / "_build/html/index.html").read_text()
     assert "made up for a test" in index, "the recorded figure"
+    section = (recorded / "_build/html/auto_tutorials/basics/index.html").read_text()
+    assert section.count("-1.svg") == 1, "the recorded figure is the thumbnail"
+    nox("html", cwd=recorded)
+    assert "This build" in labels(recorded), "and comes back"
 
 
 def test_page_follows_a_recording_without_executing(recorded):
@@ -367,9 +500,9 @@ def test_page_follows_a_recording_without_executing(recorded):
 
 
 def test_build_names_a_damaged_recording(recorded):
-    edit(recorded / "recordings/gpu/basics/plot_alpha/02.txt", "from", "From")
+    edit(recorded / "recordings/gpu/basics/plot_alpha/02-1.txt", "from", "From")
     said = nox("html", cwd=recorded, good=False)
-    assert re.search(r"gpu/basics/plot_alpha/02\.txt: its content was changed", said)
+    assert re.search(r"gpu/basics/plot_alpha/02-1\.txt: its content was changed", said)
 
 
 def test_failed_tutorial_keeps_its_former_recording(recorded):
@@ -380,6 +513,7 @@ def test_failed_tutorial_keeps_its_former_recording(recorded):
     write_tutorial(recorded, "beta", code="print('new')")
     said = nox("record", cwd=recorded, good=False)
     assert "plot_alpha.py" in said
+    assert "recorded basics/plot_beta" in said
     assert (own / "basics/plot_alpha/recording.json").read_bytes() == before
     assert (own / "basics/plot_beta/recording.json").read_bytes() != former_beta
 
@@ -428,11 +562,11 @@ def test_recording_without_network(small, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     archive = small / "_build" / "node.tar.gz"
     assert str(archive) in done.stdout
-    assert 0 < archive.stat().st_size < recordings.LARGEST_ARCHIVE
+    assert 0 < archive.stat().st_size < recording_files.LARGEST_ARCHIVE
 
     home = tmp_path / "recordings"
-    assert recordings.unpack(archive, home) == "node"
-    assert set(recordings.load(home)["node"]) == {
+    assert len(recording_files.unpack(archive, home)) == 2
+    assert set(recording_files.load(home)["node"]) == {
         "basics/plot_alpha",
         "basics/plot_beta",
     }
