@@ -13,8 +13,8 @@ from conftest import name_of
 # Names of torch that tutorials use and PyTorch's documentation has no entry for.
 UNDOCUMENTED = {
     "torch.__version__",
-    "torch.backends.cudnn.conv.fp32_precision",
-    "torch.float64",
+    "torch.backends.cuda.matmul",
+    "torch.backends.cudnn.conv",
 }
 
 
@@ -59,6 +59,12 @@ def test_figures_are_small_and_have_an_alternative_text(page, html, tutorial):
         if b"<image" not in image.read_bytes():  # without raster content
             assert image.stat().st_size < 30_000, "draw fewer points"
         assert ".svg" not in alt
+
+
+def test_landing_page_shows_the_measured_figure_and_its_machine(html, pages):
+    captions = [c.text for c in pages[html / "index.html"].select("figcaption")]
+    assert captions
+    assert all("cores" in caption for caption in captions)
 
 
 def test_first_sentence_is_the_description(page):
