@@ -122,6 +122,21 @@ def small(tmp_path):
     return make_small(tmp_path / "site")
 
 
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory):
+    """A small site on which ``make html`` has run."""
+    site = make_small(tmp_path_factory.mktemp("built") / "site")
+    done = small_nox("html", cwd=site)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return site
+
+
+@pytest.fixture
+def built(built_once, tmp_path):
+    """A copy of that site for a test to change."""
+    return shutil.copytree(built_once, tmp_path / "site")
+
+
 def make_small(folder):
     """Make the site of the fixture small in a folder; its path is returned."""
     site = copy_repository(folder, ["tutorials/", "recordings/"])

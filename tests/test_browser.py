@@ -14,7 +14,7 @@ from conftest import TUTORIALS, imagine_machine, name_of, nox
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-PAGES = ["index", "auto_tutorials/index", "auto_tutorials/basics/index"] + [
+PAGES = ["index", "auto_tutorials/index"] + [
     f"auto_tutorials/{name_of(tutorial)}" for tutorial in TUTORIALS
 ]
 TUTORIAL = "auto_tutorials/basics/plot_ensembling"
