@@ -16,7 +16,8 @@ import torch
 def cpu_model():
     """Name of the processor, as the system gives it."""
     if platform.system() == "Darwin":
-        return output_of("sysctl", "-n", "machdep.cpu.brand_string")
+        name = output_of("sysctl", "-n", "machdep.cpu.brand_string")
+        return name or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)

@@ -40,7 +40,7 @@ def test_build_rebuild_pattern_and_noplot(small):
     assert moment(small, "beta") > first["beta"]
 
     assert nox("html-noplot", cwd=small).returncode == 0
-    assert moment(small, "beta") is None, "test_recordings.py sees it come back"
+    assert moment(small, "beta") is None  # test_recordings.py sees it come back
 
 
 def test_deleted_tutorial_leaves_the_site(built):

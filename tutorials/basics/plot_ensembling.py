@@ -198,10 +198,11 @@ print("option 2, in_dims=(0, 0, None):", tuple(vmap2.shape))
 # - **An algorithm** of some GPU library that rounds more even in IEEE float32. A failed
 #   comparison does not say *who* is wrong, so then float64 decides.
 #
-# The verdict by float64: ``vmap`` may be at most three times as far from it as the
-# loop is, or as the precision allows (1e-6, or 10 bits of the largest logit). Each
-# distance is the largest of thousands of rounding errors and can differ by a factor
-# of two by chance; a wrong result is thousands of times farther away.
+# On a CPU neither applies, and 1e-6 has to hold. The verdict by float64 elsewhere:
+# ``vmap`` may be at most three times as far from it as the loop is, or as the
+# precision allows (1e-6, or 10 bits of the largest logit). Each distance is the
+# largest of thousands of rounding errors and can differ by a factor of two by chance;
+# a wrong result is thousands of times farther away.
 
 models64 = [copy.deepcopy(model).cpu().double() for model in models]
 data64 = data[:num_models].cpu().double()
@@ -228,7 +229,7 @@ for mode, option, looped, vectorized, exact in rows:
     vmap_error = (vectorized.cpu().double() - exact).abs().max().item()
     agree = torch.allclose(vectorized, looped, atol=1e-6, rtol=1e-6)
     allowed = 3 * max(loop_error, precision[mode])
-    assert agree or vmap_error <= allowed, (
+    assert agree or (device != cpu and vmap_error <= allowed), (
         f"option {option}, {mode}: vmap does not compute what the loop computes; "
         f"distance from float64: loop {loop_error:.1e}, vmap {vmap_error:.1e}"
     )
