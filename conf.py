@@ -17,6 +17,8 @@ extensions = [
     "sphinx_copybutton",
     "recordings",
     "page_head",
+    "page_links",
+    "formulas",
     "tidy",
 ]
 
@@ -43,8 +45,8 @@ intersphinx_mapping = {
 sphinx_gallery_conf = {
     "examples_dirs": ["tutorials"],
     "gallery_dirs": ["auto_tutorials"],
-    "subsection_order": ["tutorials/basics", "*"],
-    "within_subsection_order": "FileNameSortKey",
+    "subsection_order": ["tutorials/basics", "tutorials/speed", "*"],
+    "within_subsection_order": "reading_order.key",
     "filename_pattern": r"/plot_",
     "image_scrapers": ("figures.scraper", "page_head.scraper"),
     "reset_modules": ("matplotlib", "figures.set_style", "reset.reset"),
@@ -60,6 +62,7 @@ sphinx_gallery_conf = {
 # Outputs get no copy button.
 copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre"
 
+html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["_static"]

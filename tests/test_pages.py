@@ -13,8 +13,16 @@ from conftest import name_of
 # Names of torch that tutorials use and PyTorch's documentation has no entry for.
 UNDOCUMENTED = {
     "torch.__version__",
+    "torch.autograd.DeviceType.CPU",
+    "torch.autograd.DeviceType.CUDA",
     "torch.backends.cuda.matmul",
     "torch.backends.cudnn.conv",
+    "torch.bfloat16",
+    "torch.channels_last",
+    "torch.float16",
+    "torch.float32",
+    "torch.float64",
+    "torch.int64",
 }
 
 

@@ -1,0 +1,14 @@
+"""The order of the pages within a section. Pages not listed follow by name."""
+
+ORDER = [
+    "plot_when_vmap_pays.py",
+    "plot_what_vmap_runs.py",
+    "plot_fastest_ensemble.py",
+    "plot_how_equal.py",
+    "plot_memory.py",
+]
+
+
+def key(name):
+    """Sort key of a tutorial's file name, for Sphinx-Gallery."""
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
