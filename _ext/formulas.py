@@ -5,6 +5,9 @@ formula is drawn by Jupyter.
 """
 
 from docutils import nodes
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
 
 
 def _mathml(node, display):
@@ -19,6 +22,8 @@ def inline(translator, node):
 
 
 def block(translator, node):
+    if node.get("label"):
+        logger.warning("labels of formulas are not supported", location=node)
     translator.body.append(f'<div class="formula">{_mathml(node, "block")}</div>')
     raise nodes.SkipNode
 

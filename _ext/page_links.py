@@ -18,6 +18,8 @@ def link_pages(app, doctree, docname):
         name = literal.astext()
         if not (name.startswith("plot_") and name.endswith(".py")):
             continue
+        if isinstance(literal.parent, (nodes.reference, nodes.title)):
+            continue
         target = pages.get(name.removesuffix(".py"))
         if target is None:
             logger.warning("there is no tutorial %s to link to", name, location=literal)

@@ -7,8 +7,9 @@ import re
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
+import reading_order  # conftest puts _ext on the path
 from bs4 import BeautifulSoup
-from conftest import name_of
+from conftest import TUTORIALS, name_of
 
 # Names of torch that tutorials use and PyTorch's documentation has no entry for.
 UNDOCUMENTED = {
@@ -79,6 +80,24 @@ def test_first_sentence_is_the_description(page):
     first = page.select_one("section > p:not(.ran-on)").text
     description = page.select_one("meta[name=description]")["content"]
     assert description == " ".join(first.split())
+
+
+def test_reading_order_names_every_page_of_speed():
+    speed = {path.name for path in TUTORIALS if path.parent.name == "speed"}
+    assert set(reading_order.ORDER) == speed
+
+
+def test_prose_links_to_other_pages_by_title(pages, html):
+    page = pages[html / "auto_tutorials" / "speed" / "plot_when_vmap_pays.html"]
+    links = {link.text: link["href"] for link in page.select("p a, li a")}
+    assert links["What vmap really runs"] == "plot_what_vmap_runs.html"
+    assert "plot_memory.py" not in page.select_one("article").text
+
+
+def test_formulas_are_drawn_by_the_browser(pages, html):
+    page = pages[html / "auto_tutorials" / "speed" / "plot_when_vmap_pays.html"]
+    assert page.select(".formula math mfrac")
+    assert not page.select("script[src*=mathjax]")
 
 
 def test_downloads(page):

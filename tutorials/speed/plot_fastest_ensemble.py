@@ -31,6 +31,7 @@ the compiled variants need a C++ compiler.
 
 import copy
 import functools
+import math
 import platform
 import shutil
 import time
@@ -60,6 +61,7 @@ if device.type == "cuda":
 elif device != cpu:
     device_names[device] = device.type
 
+older_names = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 default_precision = conv.fp32_precision, matmul.fp32_precision
 conv.fp32_precision = matmul.fp32_precision = "ieee"
@@ -70,10 +72,13 @@ if device.type == "cuda":
         precisions[device].append("tf32")
     precisions[device].append("bfloat16")
 
-compiler = next((c for c in ["g++", "clang++", "cl"] if shutil.which(c)), None)
+usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+compiler = usual if shutil.which(usual) else None
 print(
     f"{' and '.join(device_names.values())}, torch {torch.__version__}, autograd "
-    f"{'on' if torch.is_grad_enabled() else 'off'}, C++ compiler: {compiler}"
+    f"{'on' if torch.is_grad_enabled() else 'off'}, precision {conv.fp32_precision} "
+    f"(convolutions) and {matmul.fp32_precision} (matrix products), C++ compiler: "
+    f"{compiler}"
 )
 if compiler is None:
     print("No C++ compiler was found: the compiled variants are left out.")
@@ -129,7 +134,8 @@ print({option: tuple(logits.shape) for option, logits in exact.items()})
 # results. A small mode that sees every operator, also beneath ``vmap``, adds up the
 # bytes. With ``fused=True`` it leaves out activations and additions of biases, as if
 # they were done while the result of the layer before is still in a register; that is
-# what a compiler aims at.
+# what a compiler aims at. It is an upper estimate: a compiler can also leave out the
+# indices that pooling writes.
 
 
 class Traffic(TorchDispatchMode):
@@ -138,7 +144,9 @@ class Traffic(TorchDispatchMode):
     def __init__(self, fused=False):
         super().__init__()
         self.bytes = 0
-        self.left_out = {"relu", "relu_", "add", "add_"} if fused else set()
+        self.left_out = {"_unsafe_view"}  # moves nothing
+        if fused:
+            self.left_out |= {"relu", "relu_", "add", "add_"}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
@@ -164,6 +172,8 @@ for operator, count in counter.get_flop_counts()["Global"].items():
 for fused in [False, True]:
     with Traffic(fused) as traffic:
         loop(models, minibatches)
+    if not fused:
+        loop_traffic = traffic.bytes
     kind = "fused" if fused else "as written"
     print(
         f"{traffic.bytes / 1e6:.0f} MB of traffic in the loop, {kind}: "
@@ -184,13 +194,15 @@ print(
 # operations a second. The arithmetic rate that counts is the one that your library
 # reaches: we measure a large matrix product. The bandwidth is measured by copying a
 # tensor too large for any cache, which reads and writes each byte once. Traffic that
-# stays in a cache is faster than this, so the slope is a careful estimate.
+# stays in a cache is faster than this, so points can lie above the slope.
 
 
 def settle(precision):
     """Set the precision of float32 products; return the dtype that is stored."""
-    mode = "tf32" if precision == "tf32" else "ieee"
-    conv.fp32_precision = matmul.fp32_precision = mode
+    tf32 = precision == "tf32"
+    if device.type == "cuda":  # parts of torch.compile still read the older names
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    conv.fp32_precision = matmul.fp32_precision = "tf32" if tf32 else "ieee"
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
@@ -224,11 +236,14 @@ for where, device_name in device_names.items():
             f"range {spread / seconds:.0%}, {values} values); arithmetic is the limit "
             f"above {ridge:.0f} operations a byte"
         )
+        bytes_stored = 4 if precision != "bfloat16" else 2
+        intensity = flops / (loop_traffic * bytes_stored / 4)
+        ceiling = "arithmetic" if intensity > ridge else "memory"
+        print(f"  prediction for the loop as written: {ceiling} is the ceiling")
 del source, target
 
 # %%
-# **Prediction.** If the loop as written does more operations a byte than that limit,
-# arithmetic is the ceiling, and no saving of traffic raises it. In practice a variant
+# Where arithmetic is the ceiling, no saving of traffic raises it. In practice a way
 # stays below both ceilings for reasons that the roofline does not know: operators that
 # wait for each other, layouts that a library has to rearrange, fresh memory from the
 # system, grouped convolutions without a good kernel.
@@ -244,19 +259,20 @@ del source, target
 #   most libraries want it. Inside ``vmap`` you cannot ask for it, as the last section
 #   shows. But ``vmap`` folds the models into the channels, so it is enough to lay out
 #   the stacked tensors so that models and channels are the last dimensions in memory.
-# - **in place** halves the tensors that a call has to find memory for.
+# - **in place** saves a new tensor for each activation.
 # - **chunks** of two models let ``vmap`` run five times, on tensors a fifth as large.
 # - **threads** run one model a core, where the plain loop shares each operator among
-#   all cores. On a GPU, **streams** do the same.
+#   all cores; this needs as many models as cores. Compiled, each core gets a loop of
+#   its own over its share of the models. On a GPU, **streams** do the same.
 # - **unfold and matmul** writes each convolution as a batched matrix product. It avoids
 #   grouped convolutions and pays with nine times the traffic of the input.
 # - **compiled** ways go through ``torch.compile``, which writes C++ code for a CPU and
-#   Triton code for a GPU and can join an activation with the layer before. **Frozen**
-#   means that it may take the weights for constants and rearrange them once, so nobody
-#   may change them afterwards. The modes ``reduce-overhead`` (CUDA graphs) and
-#   ``max-autotune`` (which tries several kernels for a matrix product) are used on GPUs
-#   only: a CPU has no CUDA graphs, and most operations counted above are those of
-#   convolutions.
+#   Triton code for a GPU and can join an activation with the layer before. Compiled in
+#   threads, it may also take the weights for constants and rearrange them once
+#   (``freezing``), so nobody may change them afterwards. The modes ``reduce-overhead``
+#   (CUDA graphs) and ``max-autotune`` (which tries several kernels for a matrix
+#   product) are used on GPUs only: a CPU has no CUDA graphs, and most operations
+#   counted above are those of convolutions.
 
 
 def models_last(x):
@@ -287,6 +303,28 @@ def start_worker():
 pool = ThreadPoolExecutor(num_threads, initializer=start_worker)
 
 
+def compiled_in_threads(models, feed):
+    """A compiled loop for each core, over its share of the models."""
+
+    def part(models, minibatches):
+        minibatches = [
+            x.contiguous(memory_format=torch.channels_last) for x in minibatches
+        ]
+        function = functools.partial(loop, models, minibatches)
+        return torch.compile(function, options={"freezing": True})
+
+    share = math.ceil(num_models / num_threads)
+    parts = []  # compiled in the first call
+
+    def call():
+        if not parts:
+            for i in range(0, num_models, share):
+                parts.append(part(models[i : i + share], feed[i : i + share]))
+        return torch.cat(list(pool.map(lambda part: part(), parts)))
+
+    return call
+
+
 def build(where, precision, option):
     """The ways: name -> (function, eager function, torch.compile's options or None)."""
     dtype = settle(precision)
@@ -297,7 +335,7 @@ def build(where, precision, option):
         model.inplace = True
     params, buffers = stack_module_state(plain)
     params_last = {
-        name: p.transpose(2, -1).contiguous().transpose(2, -1) if p.ndim == 5 else p
+        name: p.movedim(2, -1).contiguous().movedim(-1, 2) if p.ndim == 5 else p
         for name, p in params.items()
     }
     if option == 1:
@@ -354,16 +392,20 @@ def build(where, precision, option):
             ways[f"{name}, cudnn.benchmark"] = with_benchmark(twin), twin, None
             ways[f"{name}, CUDA graph"] = as_graph(twin), twin, None
         ways["loop in streams"] = in_streams(plain, feed), eager["loop"], None
+    if compiler and where == cpu:
+        twin = eager["loop, channels_last"]
+        function = compiled_in_threads(laid_out, feed)
+        ways["threads, compiled, channels_last"] = function, twin, None
     if compiler and where.type in ["cpu", "cuda"]:
         compiled = {"loop": {}, "loop, channels_last": {}, "vmap": {}}
         for name, options in compiled.items():
             ways[f"compiled {name}"] = eager[name], eager[name], options
-        last, frozen = "loop, channels_last", {"options": {"freezing": True}}
-        graphs, tuned = {"mode": "reduce-overhead"}, {"mode": "max-autotune"}
-        modes = {(last, "frozen"): frozen}
+        modes = {}
         if where.type == "cuda":
-            modes = {(last, "reduce-overhead"): graphs, ("vmap", "max-autotune"): tuned}
+            graphs, tuned = {"mode": "reduce-overhead"}, {"mode": "max-autotune"}
+            modes["loop, channels_last", "reduce-overhead"] = graphs
             modes["vmap", "reduce-overhead"] = graphs
+            modes["vmap", "max-autotune"] = tuned
         for (name, what), options in modes.items():
             ways[f"compiled {name}, {what}"] = eager[name], eager[name], options
     return ways
@@ -373,32 +415,37 @@ def build(where, precision, option):
 
 
 def with_benchmark(function):
-    """The function with cuDNN trying all its algorithms on the first call."""
+    """cuDNN tries all its algorithms, in a thread where it remembers none yet."""
+    thread = ThreadPoolExecutor(1, initializer=start_worker)
 
     def call():
         torch.backends.cudnn.benchmark = True
-        result = function()
-        torch.backends.cudnn.benchmark = False
-        return result
+        try:
+            return thread.submit(function).result()
+        finally:
+            torch.backends.cudnn.benchmark = False
 
     return call
 
 
 def as_graph(function):
-    """The function recorded as a CUDA graph; a call replays it on the same tensors."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
+    """The function as a CUDA graph, recorded in the first call and then replayed."""
+    recorded = []
 
     def call():
-        graph.replay()
-        return result
+        if not recorded:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = function()
+            recorded.extend([graph, result])
+        recorded[0].replay()
+        return recorded[1]
 
     return call
 
@@ -434,66 +481,94 @@ def in_streams(models, feed, count=4):
 #
 # **The time.** The first call is timed alone: it compiles, where there is something to
 # compile. torch keeps on disk what it compiled, so a second run of this page compiles
-# less. Then come the medians. A processor's clock changes with its temperature and with
-# what else runs, so the matrix product is measured again before each way. The last two
-# columns compare the way with this neighbor: as a share of the arithmetic rate, and as
-# a share of the roof, which may be the memory.
+# less. Then come the medians, over rounds in which every way has its turn: a
+# processor's clock changes with its temperature and with what else runs, and so it
+# changes for all. For the same reason the matrix product is measured again before each
+# turn. The last two columns are the medians of what each turn reached in comparison
+# with this neighbor: as a share of the arithmetic rate, and as a share of the roof,
+# which may be the memory. Their order can differ from that of the times.
 
 roundoff = {"float32": 2**-24, "tf32": 2**-11, "bfloat16": 2**-8}
 both_options = {  # the rest would repeat what option 1 shows
     "loop",
     "loop, channels_last, in place",
     "threads, channels_last, in place",
+    "threads, compiled, channels_last",
     "vmap",
     "compiled loop, channels_last",
     "compiled vmap",
 }
 
-results = {}  # (device, precision, option) -> {name: (time, rate, intensity, share)}
-for where, device_name in device_names.items():
-    for precision in precisions[where]:
-        for option in feeds:
-            data = "own minibatches" if option == 1 else "one shared minibatch"
-            print(f"\n{device_name}, {precision}, option {option}: {data}")
-            print(f"{'':40}first call   time [ms]  error   share of")
-            print(f"{'':43}[s]    (IQR, values)        peak  roof")
-            measured = results[where, precision, option] = {}
-            for name, way in build(where, precision, option).items():
-                if option == 2 and name not in both_options:
-                    continue
-                function, eager_function, options = way
-                start = time.perf_counter()
-                with warnings.catch_warnings():  # torch uses deprecated parts of itself
-                    warnings.simplefilter("ignore", DeprecationWarning)
-                    if options is not None:
-                        torch.compiler.reset()
-                        function = torch.compile(function, **options)
-                    logits = function().cpu()
-                first = time.perf_counter() - start
 
-                error = (logits.double() - exact[option]).abs().max().item()
-                u, largest = roundoff[precision], exact[option].abs().max().item()
-                allowed = 2 * (4 * 4 * u + 9216**0.5 * min(u, 2**-24)) * largest
-                assert error <= allowed, (
-                    f"{name}, {precision}, option {option}: a logit is {error:.1e} off "
-                    f"from float64, more than the {allowed:.1e} that rounding explains"
-                )
+def first_calls(where, precision, option):
+    """Prove every way; name -> function, time of its first call, error, traffic."""
+    torch.compiler.reset()
+    u, largest = roundoff[precision], exact[option].abs().max().item()
+    allowed = 2 * (4 * 4 * u + 9216**0.5 * min(u, 2**-24)) * largest
+    proved = {}
+    for name, (function, eager, options) in build(where, precision, option).items():
+        if option == 2 and name not in both_options:
+            continue
+        start = time.perf_counter()
+        with warnings.catch_warnings():  # torch uses deprecated parts of itself
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if options is not None:
+                function = torch.compile(function, **options)
+            logits = function().cpu()
+        first = time.perf_counter() - start
+        error = (logits.double() - exact[option]).abs().max().item()
+        assert error <= allowed, (
+            f"{name}, {precision}, option {option}: a logit is {error:.1e} off from "
+            f"float64, more than the {allowed:.1e} that rounding explains"
+        )
+        with Traffic(fused="compiled" in name) as traffic:
+            eager()
+        proved[name] = function, first, error, traffic.bytes
+    return proved
 
-                with Traffic(fused=options is not None) as traffic:
-                    eager_function()
-                intensity = flops / traffic.bytes
-                product, product_flops = products[where, precision]
-                peak = product_flops / measure(product, 0.3)[0]
-                rates[where, precision] = max(peak, rates[where, precision])
-                median, spread, values = measure(function, 2)
-                rate = flops / median
-                share = rate / min(peak, intensity * bandwidth[where])
-                measured[name] = median, rate, intensity, share
-                times = f"{1e3 * median:.2f} ({1e3 * spread:.2f}, {values})"
-                print(
-                    f"{len(measured):2} {name:36}{first:7.1f}{times:>20}{error:7.0e}"
-                    f"{rate / peak:6.0%}{share:6.0%}"
+
+def times_of(statement, seconds):
+    """Times of single calls or of the means of blocks of calls [s]."""
+    scope = {"statement": statement}
+    timer = Timer("statement()", globals=scope, num_threads=num_threads)
+    return timer.blocked_autorange(min_run_time=seconds).times
+
+
+quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+num_rounds = 4
+# (device, precision, option) -> {name: (time, rate, intensity, share, lower quartile)}
+results = {}
+for where, precision in products:
+    product, product_flops = products[where, precision]
+    for option in feeds:
+        proved = first_calls(where, precision, option)
+        times, shares = {name: [] for name in proved}, {name: [] for name in proved}
+        for _ in range(num_rounds):
+            for name, (function, *_) in proved.items():
+                neighbor = torch.tensor(times_of(product, 0.2)).median().item()
+                rates[where, precision] = max(
+                    product_flops / neighbor, rates[where, precision]
                 )
+                times[name] += (values := times_of(function, 0.25))
+                rate = flops / torch.tensor(values).median().item()
+                shares[name].append(rate * neighbor / product_flops)
+
+        data = "own minibatches" if option == 1 else "one shared minibatch"
+        print(f"\n{device_names[where]}, {precision}, option {option}: {data}")
+        print(f"{'':40}first call   time [ms]  error   share of")
+        print(f"{'':43}[s]    (IQR, values)        peak  roof")
+        measured = results[where, precision, option] = {}
+        for name, (_, first, error, traffic_bytes) in proved.items():
+            seconds = torch.tensor(times[name], dtype=torch.float64)
+            low, median, high = seconds.quantile(quartiles).tolist()
+            of_peak = torch.tensor(shares[name]).median().item()
+            rate, intensity = flops / median, flops / traffic_bytes
+            memory_roof = intensity * bandwidth[where]
+            of_roof = max(of_peak, rate / memory_roof)
+            measured[name] = median, rate, intensity, of_roof, low
+            spread = f"({1e3 * (high - low):.2f}, {len(seconds)})"
+            print(f"{len(measured):2} {name:36}{first:7.1f}{1e3 * median:8.2f}", end="")
+            print(f"{spread:>12}{error:7.0e}{of_peak:6.0%}{of_roof:6.0%}")
 
 pool.shutdown()
 
@@ -530,12 +605,13 @@ for (where, precision), measured in option1.items():
     )
 
 # %%
-# The roofline shows the same measurements below the two ceilings. The numbers are
-# those of the table; hollow points are compiled.
+# The roofline shows the same measurements below the two ceilings. The number of a point
+# is its row in the table; hollow points are compiled. The ceiling is the highest rate
+# of the run, so a point can look lower than its share says.
 
 for (where, precision), measured in option1.items():
     peak = rates[where, precision]
-    points = [(intensity, rate) for _, rate, intensity, _ in measured.values()]
+    points = [(row[2], row[1]) for row in measured.values()]
     left, right = min(points)[0] / 4, 4 * max(points)[0]
     corners = sorted([left, peak / bandwidth[where], right])
     fig, ax = plt.subplots(figsize=(5.6, 4), layout="constrained")
@@ -559,7 +635,7 @@ for (where, precision), measured in option1.items():
         axis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.set_title(f"Roofline, option 1, {precision}\n{device_names[where]}")
-    shares = [f"{name} {share:.0%}" for name, (_, _, _, share) in measured.items()]
+    shares = [f"{name} {row[3]:.0%}" for name, row in measured.items()]
     fig.set_label(
         f"Roofline of {device_names[where]} in {precision}: rate against operations a "
         "byte, both logarithmic, under the ceilings of memory and arithmetic. Shares "
@@ -579,6 +655,8 @@ for (where, precision, option), measured in results.items():
         f"  of all ways: {best}, {times[best]:.2f} ms, {measured[best][3]:.0%} of the "
         f"roof, {times['loop'] / times[best]:.1f}x as fast as the loop"
     )
+    rivals = [n for n in times if n != best and 1e3 * measured[n][4] <= times[best]]
+    print(f"  within its spread: {', '.join(rivals) or 'no other'}")
     print(
         f"  with vmap: {best_vmap}, {times[best_vmap]:.2f} ms, "
         f"{measured[best_vmap][3]:.0%} of the roof, "
@@ -591,18 +669,16 @@ for (where, precision, option), measured in results.items():
 #
 # **A loop that wins** has steps large enough to fill the device, and tensors small
 # enough for its caches. Then everything that helps one model helps the ensemble:
-# ``channels_last``, in-place activations, one model a core, a compiler. This is the
-# normal result for this network on a CPU.
+# ``channels_last``, in-place activations, one model a core, a compiler.
 #
 # **If vmap wins**, the single steps were too small for the device, and fewer, larger
 # steps are worth more than perfect ones. CUDA graphs fight the same overhead from the
 # other side: they keep the steps and drop the cost of starting them.
 #
-# **Why eager vmap can be far from the roof on a CPU**: it is not the arithmetic, which
-# is the same. Its tensors are ten times larger, do not stay in a cache, and get fresh
-# memory from the system again and again. One way in the table tests this: chunks of
-# two models do the same work on tensors a fifth as large. Where they are much faster
-# than the whole, memory was the reason. ``plot_memory.py`` helps to choose the size.
+# **Where eager vmap is far from the roof**, chunks give a hint. Chunks of two models do
+# the same arithmetic on tensors a fifth as large, but also with two groups instead of
+# ten. If they are much faster, the size of the tensors or the number of groups is the
+# reason, not the arithmetic. ``plot_memory.py`` helps to choose the size.
 #
 # **Between the best way and the roof** stand the steps that are not large matrix
 # products: a first convolution with one input channel, pooling, and for each model
@@ -631,6 +707,8 @@ except RuntimeError as problem:
 
 torch.set_grad_enabled(True)
 torch.set_num_threads(num_threads)
+if device.type == "cuda":
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = older_names
 conv.fp32_precision, matmul.fp32_precision = default_precision
 
 # %%

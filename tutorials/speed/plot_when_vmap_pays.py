@@ -361,6 +361,7 @@ for where, device_name in device_names.items():
                 f"vmap faster in {(ratio > 1).sum()} of {ratio.numel()} cells."
             )
         bar = fig.colorbar(image, ax=row, aspect=15, ticks=[-limit, 0, limit])
+        bar.set_label("time of loop / time of vmap")
         bar.ax.set_yticklabels([f"1/{2**limit:g}", "1", f"{2**limit:g}"])
     fig.suptitle(
         f"Time of loop / time of vmap, float32\n{device_name}", fontsize="medium"
@@ -378,7 +379,7 @@ for where, device_name in device_names.items():
 #
 # For each network, task and side, the overhead and the work are fitted to all cells of
 # the grid by least squares of the *relative* error, so that microseconds count as much
-# as seconds. Two numbers then stand for thirty measurements. The table says how well.
+# as seconds. Two numbers then stand for a whole grid. The table says how well.
 
 fits = {}  # (device, network, task, side) -> overhead [ms], work [ms a sample]
 
@@ -393,7 +394,8 @@ def terms(side, model_counts, batches):
 
 for where, device_name in device_names.items():
     kind = "cpu" if where == cpu else "accelerator"
-    print(f"{device_name}\n{'':32} overhead [us]  work [us a sample]  error of the fit")
+    print(device_name)
+    print(f"{'':30} overhead [us]  work [us/sample]  error: typical  largest")
     for (_, name, task, side), medians in times.items():
         if _ != where:
             continue
@@ -404,8 +406,8 @@ for where, device_name in device_names.items():
         fits[where, name, task, side] = fit
         miss = ((factors @ fit) / medians).log2().abs().exp2() - 1
         print(
-            f"{name}, {task:20}, {side}: {1e3 * fit[0]:13.1f} {1e3 * fit[1]:19.3f}  "
-            f"typical {miss.median():.0%}, largest {miss.max():.0%}"
+            f"{name} {task:21} {side} {1e3 * fit[0]:13.1f} {1e3 * fit[1]:17.3f} "
+            f"{miss.median():15.0%} {miss.max():8.0%}"
         )
     print()
 
@@ -422,8 +424,10 @@ for where, device_name in device_names.items():
             gain = loop_overhead + loop_work - vmap_work  # a model, at batch size 1
             few = f"from {vmap_overhead / gain:.1f} models on" if gain > 0 else "never"
             limit = "at every batch size, with enough models"
-            if vmap_work > loop_work:
+            if vmap_work > loop_work and gain > 0:
                 limit = f"below {loop_overhead / (vmap_work - loop_work):.0f} samples"
+            elif gain <= 0:
+                limit = "at no larger batch size"
             print(
                 f"{name}, {task:20}: at batch size 1 vmap pays {few}; it pays {limit}"
             )
@@ -450,10 +454,11 @@ for where, device_name in device_names.items():
 #   the number of models.
 # - Every parameter is read once a call, whatever the batch size. At batch size 1 that
 #   is most of the work.
-# - Memory. The single call makes tensors that are ``num_models`` times larger. When
-#   they leave the cache, each sample costs more than before. On Linux the C library
-#   also returns the memory of very large tensors to the system after each use and asks
-#   for it again. In the map this is the corner with many models and large batches.
+# - Memory, on a CPU. The single call makes tensors that are ``num_models`` times
+#   larger. When they leave the cache, each sample costs more than before. On Linux the
+#   C library also returns the memory of very large tensors to the system after each use
+#   and asks for it again. Look in the corner of the map with many models and large
+#   batches.
 #
 # What one more model costs
 # -------------------------
@@ -507,27 +512,28 @@ for where, device_name in device_names.items():
 # Reading the figures
 # -------------------
 #
-# **In the curves**, a flat part is a price of zero: one more model is free, because the
-# overhead hides it. All curves become steep in the end. From there on, one more model
-# costs the same work in both, and the distance of the lines is the ratio of the two
-# rates.
+# **In the curves**, the loop rises from the start: each model costs
+# :math:`o_\text{loop} + w_\text{loop} B`. The curve of ``vmap`` is flat while its one
+# overhead is most of the time; there one more model is nearly free. Where it rises in
+# proportion, one more model costs :math:`w_\text{vmap} B`, and the distance of the
+# lines tends to the ratio of these two prices.
 #
 # **In the map**, go up and the overhead is shared by more models: ``vmap`` gains. Go
 # right and the work grows while the overhead stays: the gain shrinks to the ratio of
-# the rates. Where that ratio is above one, ``vmap`` wins everywhere on the right of its
-# first gains; where it is below one, the contour turns back and the right side belongs
-# to the loop.
+# the rates. Where a sample costs ``vmap`` less than the loop, the contour falls toward
+# larger batches; where it costs more, the contour rises and the right side belongs to
+# the loop.
 #
-# **On a CPU** a network as small as this MLP stays where the overhead decides. The CNN
-# leaves that part after a few samples, and then large stacked tensors cost more than
-# small ones. **On a GPU** an operator takes about as long to start, but a sample takes
-# far less work. So the overhead decides for much larger networks and batches, and the
-# contour moves to the right, if the library has a good kernel for what ``vmap`` asks
-# for: ``plot_what_vmap_runs.py`` shows which operators that are.
+# **On a CPU** a network as small as this MLP is governed by the overhead at small
+# batches. The CNN leaves that part after a few samples. **On a GPU** an operator takes
+# about as long to start, but a sample takes far less work, so the contour should lie at
+# larger networks and batches, if the library has a good kernel for what ``vmap`` asks
+# for; a map made on one shows whether it does. ``plot_what_vmap_runs.py`` shows which
+# operators that are.
 #
 # **The backward pass** calls more operators than the forward pass, and the loop pays
-# for each of them in each round. Where the overhead decides, it moves the break-even
-# to fewer models.
+# for each of them in each round. Where the overhead decides, this adds to the gain;
+# where the work decides, it need not. The lines below the map count the cells.
 #
 # When it goes wrong
 # ------------------
@@ -564,7 +570,7 @@ conv.fp32_precision, matmul.fp32_precision = default_precision
 # --------
 #
 # The loop pays an overhead for every model, ``vmap`` one for all. **So many small
-# models on small batches gain most**, and more with the backward pass than without.
+# models on small batches gain most**, and there the backward pass adds to the gain.
 # Where the work decides, the gain is the ratio of two rates, and ``vmap`` can lose.
 # **Four numbers give the break-even of your network on your machine**: measure a grid,
 # fit them, look at the misses.
