@@ -24,7 +24,9 @@ def inline(translator, node):
 def block(translator, node):
     if node.get("label"):
         logger.warning("labels of formulas are not supported", location=node)
-    translator.body.append(f'<div class="formula">{_mathml(node, "block")}</div>')
+    # On a narrow screen it scrolls, so the keyboard has to reach it.
+    formula = f'<div class="formula" tabindex="0">{_mathml(node, "block")}</div>'
+    translator.body.append(formula)
     raise nodes.SkipNode
 
 
