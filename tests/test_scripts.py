@@ -2,7 +2,7 @@
 
 import sys
 
-from conftest import run
+from conftest import ROOT, run
 
 
 def test_runs_in_an_empty_folder(tutorial, tmp_path):
@@ -16,3 +16,15 @@ def test_is_self_contained(tutorial):
     assert "__file__" not in text, "a notebook has no __file__"
     assert "argparse" not in text
     assert "environ" not in text, "scripts carry no switch"
+
+
+def test_without_a_compiler_the_compiled_ways_are_left_out(tmp_path):
+    tutorial = ROOT / "tutorials" / "speed" / "plot_fastest_ensemble.py"
+    done = run(sys.executable, tutorial, cwd=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (
+        "No C++ compiler was found: the compiled variants are left out" in done.stdout
+    )
+    rows = [line for line in done.stdout.splitlines() if line[:2].strip().isdigit()]
+    assert len(rows) > 9
+    assert not [row for row in rows if "compiled" in row]
