@@ -207,11 +207,16 @@ def settle(precision):
 
 
 def measure(statement, seconds):
-    """Median time of one call [s], interquartile range [s], number of values."""
+    """Times of single calls, or means of blocks of short ones [s]."""
     scope = {"statement": statement}
     timer = Timer("statement()", globals=scope, num_threads=num_threads)
-    runs = timer.blocked_autorange(min_run_time=seconds)
-    return runs.median, runs.iqr, len(runs.times)
+    return timer.blocked_autorange(min_run_time=seconds).times
+
+
+def quartiles(times):
+    """First quartile, median and third quartile."""
+    points = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    return torch.tensor(times, dtype=torch.float64).quantile(points).tolist()
 
 
 bandwidth, rates = {}, {}  # by device [byte/s]; by (device, precision) [operation/s]
@@ -219,7 +224,7 @@ products = {}  # (device, precision) -> the matrix product, and its operations
 for where, device_name in device_names.items():
     source = torch.randn(2**26 if where == cpu else 2**29, device=where)
     target = torch.empty_like(source)
-    seconds, _, _ = measure(functools.partial(target.copy_, source), 0.5)
+    _, seconds, _ = quartiles(measure(functools.partial(target.copy_, source), 0.5))
     bandwidth[where] = 2 * source.nbytes / seconds
     print(f"{device_name}: copies at {bandwidth[where] / 1e9:.0f} GB/s")
     size = 2048 if where == cpu else 8192
@@ -227,14 +232,15 @@ for where, device_name in device_names.items():
         factor = torch.randn(size, size, device=where, dtype=settle(precision))
         product = functools.partial(torch.mm, factor, factor)
         products[where, precision] = product, 2 * size**3
-        seconds, spread, values = measure(product, 1)
+        times = measure(product, 1)
+        low, seconds, high = quartiles(times)
         rates[where, precision] = 2 * size**3 / seconds
         ridge = rates[where, precision] / bandwidth[where]
         print(
             f"  {precision}: {size} x {size} matrix product at "
             f"{rates[where, precision] / 1e9:.0f}e9 operations a second (interquartile "
-            f"range {spread / seconds:.0%}, {values} values); arithmetic is the limit "
-            f"above {ridge:.0f} operations a byte"
+            f"range {(high - low) / seconds:.0%}, {len(times)} values); arithmetic is "
+            f"the limit above {ridge:.0f} operations a byte"
         )
         bytes_stored = 4 if precision != "bfloat16" else 2
         intensity = flops / (loop_traffic * bytes_stored / 4)
@@ -296,6 +302,7 @@ def unfold_and_matmul(params, x):
 
 
 def start_worker():
+    """What each thread of the pool does first: these settings belong to a thread."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
@@ -397,17 +404,15 @@ def build(where, precision, option):
         function = compiled_in_threads(laid_out, feed)
         ways["threads, compiled, channels_last"] = function, twin, None
     if compiler and where.type in ["cpu", "cuda"]:
-        compiled = {"loop": {}, "loop, channels_last": {}, "vmap": {}}
-        for name, options in compiled.items():
-            ways[f"compiled {name}"] = eager[name], eager[name], options
-        modes = {}
-        if where.type == "cuda":
-            graphs, tuned = {"mode": "reduce-overhead"}, {"mode": "max-autotune"}
-            modes["loop, channels_last", "reduce-overhead"] = graphs
-            modes["vmap", "reduce-overhead"] = graphs
-            modes["vmap", "max-autotune"] = tuned
-        for (name, what), options in modes.items():
-            ways[f"compiled {name}, {what}"] = eager[name], eager[name], options
+        for name in ["loop", "loop, channels_last", "vmap"]:
+            ways[f"compiled {name}"] = eager[name], eager[name], {}
+    if compiler and where.type == "cuda":
+        for name, mode in [
+            ("loop, channels_last", "reduce-overhead"),
+            ("vmap", "reduce-overhead"),
+            ("vmap", "max-autotune"),
+        ]:
+            ways[f"compiled {name}, {mode}"] = eager[name], eager[name], {"mode": mode}
     return ways
 
 
@@ -527,14 +532,6 @@ def first_calls(where, precision, option):
     return proved
 
 
-def times_of(statement, seconds):
-    """Times of single calls or of the means of blocks of calls [s]."""
-    scope = {"statement": statement}
-    timer = Timer("statement()", globals=scope, num_threads=num_threads)
-    return timer.blocked_autorange(min_run_time=seconds).times
-
-
-quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 num_rounds = 4
 # (device, precision, option) -> {name: (time, rate, intensity, share, lower quartile)}
 results = {}
@@ -545,28 +542,25 @@ for where, precision in products:
         times, shares = {name: [] for name in proved}, {name: [] for name in proved}
         for _ in range(num_rounds):
             for name, (function, *_) in proved.items():
-                neighbor = torch.tensor(times_of(product, 0.2)).median().item()
-                rates[where, precision] = max(
-                    product_flops / neighbor, rates[where, precision]
-                )
-                times[name] += (values := times_of(function, 0.25))
-                rate = flops / torch.tensor(values).median().item()
-                shares[name].append(rate * neighbor / product_flops)
+                peak = product_flops / quartiles(measure(product, 0.2))[1]
+                rates[where, precision] = max(peak, rates[where, precision])
+                values = measure(function, 0.25)
+                times[name] += values
+                shares[name].append(flops / quartiles(values)[1] / peak)
 
         data = "own minibatches" if option == 1 else "one shared minibatch"
         print(f"\n{device_names[where]}, {precision}, option {option}: {data}")
-        print(f"{'':40}first call   time [ms]  error   share of")
-        print(f"{'':43}[s]    (IQR, values)        peak  roof")
+        print(f"{'':39}  first    time       (IQR,  error    share of")
+        print(f"{'':39}    [s]    [ms]     values)          peak  roof")
         measured = results[where, precision, option] = {}
         for name, (_, first, error, traffic_bytes) in proved.items():
-            seconds = torch.tensor(times[name], dtype=torch.float64)
-            low, median, high = seconds.quantile(quartiles).tolist()
-            of_peak = torch.tensor(shares[name]).median().item()
+            low, median, high = quartiles(times[name])
+            of_peak = quartiles(shares[name])[1]
             rate, intensity = flops / median, flops / traffic_bytes
             memory_roof = intensity * bandwidth[where]
             of_roof = max(of_peak, rate / memory_roof)
             measured[name] = median, rate, intensity, of_roof, low
-            spread = f"({1e3 * (high - low):.2f}, {len(seconds)})"
+            spread = f"({1e3 * (high - low):.2f}, {len(times[name])})"
             print(f"{len(measured):2} {name:36}{first:7.1f}{1e3 * median:8.2f}", end="")
             print(f"{spread:>12}{error:7.0e}{of_peak:6.0%}{of_roof:6.0%}")
 

@@ -597,8 +597,8 @@ for where, device_name in device_names.items():
             within, beyond = (cost(where, task, step, n) for n in (fits, fits + 1))
             print(f"{task:11}  {ways[step]:12} {fits:3} models", end="")
             print(f"{within / 1e6:8.1f} MB{beyond / 1e6:8.1f} MB")
-            exact = where == cpu and abs(correction(where, step, task) - 1) < 0.01
-            assert not exact or within <= budget < beyond, (
+            sure = where == cpu and abs(correction(where, step, task) - 1) < 0.01
+            assert not sure or within <= budget < beyond, (
                 f"{task}, {ways[step]}: {fits} models were to be the most that fit, "
                 f"but need {within:,} bytes of {budget:,}, and one more {beyond:,}"
             )

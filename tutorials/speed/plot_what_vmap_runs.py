@@ -95,6 +95,7 @@ def operators(function):
 
 
 def text(call):
+    """One line for an operator."""
     name, shapes, groups = call
     return " ".join([name, *map(str, shapes)]) + (f" groups={groups}" if groups else "")
 
@@ -122,15 +123,14 @@ layers = {
 }
 
 
-def mapped(models, in_dim, **options):
+def mapped(models, in_dim):
     """vmap over the models, as a function of the stacked state and the input."""
 
     def one(state, x):
         return functional_call(models[0], state, (x,), strict=True)
 
-    return vmap(
-        one, in_dims=(0 if list(models[0].parameters()) else None, in_dim), **options
-    )
+    state_dim = 0 if list(models[0].parameters()) else None
+    return vmap(one, in_dims=(state_dim, in_dim))
 
 
 def stacked(models):

@@ -396,8 +396,8 @@ for where, device_name in device_names.items():
     kind = "cpu" if where == cpu else "accelerator"
     print(device_name)
     print(f"{'':30} overhead [us]  work [us/sample]  error: typical  largest")
-    for (_, name, task, side), medians in times.items():
-        if _ != where:
+    for (there, name, task, side), medians in times.items():
+        if there != where:
             continue
         factors = terms(side, *sizes[name, kind])
         relative = (factors / medians[..., None]).flatten(0, 1)
@@ -432,8 +432,8 @@ for where, device_name in device_names.items():
                 f"{name}, {task:20}: at batch size 1 vmap pays {few}; it pays {limit}"
             )
     print(f"\n{'held out: models x batch':37} predicted [ms]  measured [ms]  miss")
-    for (_, name, task, side), fit in fits.items():
-        if _ == where:
+    for (there, name, task, side), fit in fits.items():
+        if there == where:
             num_models, batch = held_out[name]
             predicted = (terms(side, [num_models], [batch])[0, 0] @ fit).item()
             measured = held_out_times[where, name, task, side]
