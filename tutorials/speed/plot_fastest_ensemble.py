@@ -611,17 +611,20 @@ for (where, precision), measured in option1.items():
     fig, ax = plt.subplots(figsize=(5.6, 4), layout="constrained")
     roof = [min(peak, x * bandwidth[where]) / 1e9 for x in corners]
     ax.loglog(corners, roof, color="C5", linewidth=2)
-    labels = {}  # points that nearly coincide share one label
+    labels = []  # points that nearly coincide share one label
     for number, (name, (x, rate)) in enumerate(zip(measured, points, strict=True), 1):
         color = next(looks[word] for word in looks if word in name)
         hollow = {"markerfacecolor": "none"} if "compiled" in name else {}
         ax.plot(x, rate / 1e9, "o", color=color, **hollow)
-        labels.setdefault((f"{x:.1g}", f"{rate:.2g}"), []).append((number, x, rate))
-    for group in labels.values():
-        _, x, rate = group[0]
-        text = ", ".join(str(number) for number, _, _ in group)
+        for group, at_x, at_rate in labels:
+            if max(x / at_x, at_x / x, rate / at_rate, at_rate / rate) < 1.1:
+                group.append(str(number))
+                break
+        else:
+            labels.append(([str(number)], x, rate))
+    for group, x, rate in labels:
         place = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": 8}
-        ax.annotate(text, (x, rate / 1e9), **place)
+        ax.annotate(", ".join(group), (x, rate / 1e9), **place)
     ax.set_xlabel("operations a byte of traffic")
     ax.set_ylabel("1e9 operations a second")
     for axis in [ax.xaxis, ax.yaxis]:

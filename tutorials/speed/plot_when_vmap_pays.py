@@ -491,7 +491,8 @@ for where, device_name in device_names.items():
         ax.set_title(f"{name}, batch {batches[middle]}")
         ax.set_xlabel("number of models")
         ax.set_ylabel("time [ms]")
-        ax.set_xticks(model_counts, model_counts)
+        ticks = [*model_counts[:-2], model_counts[-1]]  # room for the labels
+        ax.set_xticks(ticks, ticks)
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 3) if name == "CNN" else (1,)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
