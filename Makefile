@@ -28,12 +28,14 @@ wheels: .venv/ready
 	@$(NOX) wheels -- $(WHEELS_PYTHON) $(WHEELS_PROCESSOR)
 
 # With WHEELS, a folder that "make wheels" made elsewhere, nothing is downloaded: the
-# wheels go to .record/, and torch, numpy and matplotlib are those of $(PYTHON).
+# wheels go to .record/; torch, numpy, matplotlib, scikit-learn are those of $(PYTHON).
 ifdef WHEELS
 record:
 	rm -rf .record
 	$(PYTHON) -m pip install --disable-pip-version-check --no-index --quiet \
 		--find-links "$(WHEELS)" --target .record -r requirements-record.txt
+	$(PYTHON) -m pip install --disable-pip-version-check --no-index --quiet --no-deps \
+		--find-links "$(WHEELS)" --target .record -r requirements-tutorials.txt
 	@PYTHONPATH="$(CURDIR)/.record$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -m nox -s record -- $(if $(MACHINE),'$(MACHINE)')
 else
@@ -56,7 +58,7 @@ help:
 	@echo "make lint                  check code, spelling and reStructuredText"
 	@echo "make clean                 remove what is generated; .venv stays"
 
-.venv/ready: requirements.txt requirements-record.txt
+.venv/ready: requirements.txt requirements-record.txt requirements-tutorials.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and $(OLD_PYTHON) % v)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt

@@ -45,7 +45,12 @@ intersphinx_mapping = {
 sphinx_gallery_conf = {
     "examples_dirs": ["tutorials"],
     "gallery_dirs": ["auto_tutorials"],
-    "subsection_order": ["tutorials/basics", "tutorials/speed", "*"],
+    "subsection_order": [
+        "tutorials/basics",
+        "tutorials/speed",
+        "tutorials/training",
+        "*",
+    ],
     "within_subsection_order": "reading_order.key",
     "filename_pattern": r"/plot_",
     "image_scrapers": ("figures.scraper", "page_head.scraper"),

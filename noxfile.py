@@ -135,12 +135,15 @@ def wheels(session):
     folder = ROOT / "wheels"
     shutil.rmtree(folder, ignore_errors=True)
     platforms = [f"manylinux_2_{minor}_{processor}" for minor in (28, 27, 17, 12, 5)]
-    session.run(
-        *[sys.executable, "-m", "pip", "download", "--disable-pip-version-check"],
-        *["--only-binary=:all:", "--implementation=cp", f"--python-version={version}"],
-        *[f"--platform={platform}" for platform in (*platforms, f"linux_{processor}")],
-        *["--dest", folder, "-r", "requirements-record.txt"],
-    )
+    # tutorials' own packages come without dependencies: torch is a gigabyte
+    for wanted in ["requirements-record.txt", "requirements-tutorials.txt --no-deps"]:
+        session.run(
+            *[sys.executable, "-m", "pip", "download", "--disable-pip-version-check"],
+            *["--only-binary=:all:", "--implementation=cp"],
+            f"--python-version={version}",
+            *[f"--platform={name}" for name in (*platforms, f"linux_{processor}")],
+            *["--dest", folder, "-r", *wanted.split()],
+        )
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     session.log(
         f"wheels/ has {size:.0f} MiB, for Python {version} on Linux {processor}"

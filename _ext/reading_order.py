@@ -6,6 +6,10 @@ ORDER = [
     "plot_fastest_ensemble.py",
     "plot_how_equal.py",
     "plot_memory.py",
+    "plot_training.py",
+    "plot_hyperparameter_sweep.py",
+    "plot_state.py",
+    "plot_saving.py",
 ]
 
 

@@ -16,6 +16,15 @@ import recording_files  # noqa: E402
 TUTORIALS = sorted((ROOT / "tutorials").rglob("plot_*.py"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share a built site run in one process, so that it is built once."""
+    for item in items:
+        for fixture in ["site", "built_once", "recorded_once"]:
+            if fixture in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(fixture))
+
+
 def name_of(tutorial):
     """basics/plot_ensembling, of a path."""
     return tutorial.relative_to(ROOT / "tutorials").with_suffix("").as_posix()
@@ -25,10 +34,13 @@ OUTSIDE = str(Path(__file__).parent / "outside")
 
 
 def environment(**changes):
-    """Environment in which tutorials measure briefly and no display is to be had."""
+    """Environment in which tutorials measure briefly and no display is to be had.
+
+    Tests run side by side, so a thread that waits leaves its core to others.
+    """
     display = {"DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"}
     plain = {key: value for key, value in os.environ.items() if key not in display}
-    return plain | {"PYTHONPATH": OUTSIDE} | changes
+    return plain | {"PYTHONPATH": OUTSIDE, "OMP_WAIT_POLICY": "PASSIVE"} | changes
 
 
 def run(*command, cwd, **changes):
