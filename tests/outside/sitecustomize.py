@@ -324,6 +324,19 @@ def stuck():
 
 
 @fault
+def noclip():
+    """``clip_grad_norm_`` changes nothing."""
+    torch.nn.utils.clip_grad_norm_ = lambda params, max_norm: None
+
+
+@fault
+def wild():
+    """``torch.randn_like`` is a million million times too large."""
+    randn_like = torch.randn_like
+    torch.randn_like = lambda x: 1e12 * randn_like(x)
+
+
+@fault
 def nomean():
     """``torch.mean`` returns the sum."""
     torch.mean = torch.sum

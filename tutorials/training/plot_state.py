@@ -23,10 +23,9 @@ Then find the members that one call cannot stand for.
 # Set-up
 # ------
 #
-# This page is about state and not about rounding, so it computes in float64. One
-# operation errs by at most 1.1e-16 of its result, and the longest chain of them here,
-# forty training steps, has about ten thousand: loop and ``vmap`` should agree to about
-# 1e-12. Comparisons allow 1e-10.
+# This page is about state and not about rounding, so it computes in float64. Loop and
+# ``vmap`` then differ by roundings of 1.1e-16, which training can amplify; comparisons
+# allow 1e-10 and print what they find.
 
 import copy
 import math
@@ -38,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.utils._pytree import tree_leaves
 
 torch.manual_seed(0)
 
@@ -191,7 +191,7 @@ ends = ", ".join(f"{value:.2f}" for value in means[-1])
 apart = (torch.tensor(loop_means) - torch.tensor(means)).abs().max().item()
 fig.set_label(
     f"Running mean of one batch-norm unit against the training step: {num_models} "
-    f"lines, one a member, that start near zero and end at {ends}. The lines of the "
+    f"lines, one a member, that end at {ends}. The lines of the "
     f"loop run through the markers of vmap; they are at most {apart:.0e} apart."
 )
 
@@ -544,7 +544,9 @@ show_refusal("strict", ensemble_of(copied), state, tokens)
 # %%
 # **If logits are NaN**, nobody wrote them: without the filling, the call returns what
 # happened to be in memory, as if it were a result. **If PyTorch refuses**, your version
-# notices that a tensor on ``meta`` cannot take part, at least in this layer. With
+# notices that a tensor on ``meta`` cannot take part, at least in this layer. **If no
+# logit is NaN**, your version fills that memory in another way, and this shows nothing.
+# With
 # ``strict=True`` you need not know. And a skeleton that is *built* under
 # ``with torch.device("meta")`` is right, because its constructor ties the weights.
 #
@@ -553,8 +555,9 @@ show_refusal("strict", ensemble_of(copied), state, tokens)
 #
 # ``stack_module_state`` looks at the outermost module, and at the tensors whose names
 # the *first* model has. These two functions look at the rest. They compare attributes
-# by what Python prints for them, so one that prints its address in memory, such as a
-# ``lambda`` made for each model, counts as different.
+# by what Python prints for them: one that prints its address in memory, such as a
+# ``lambda`` made for each model, counts as different, and a large array that is printed
+# shortened may hide a difference.
 
 
 def describe(model):
@@ -565,10 +568,11 @@ def describe(model):
         path = f"{path}." if path else ""
         facts[f"{path}__class__"] = type(module)
         for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                raise ValueError(f"{path}{name} is a plain tensor: make it a buffer")
-            if name not in internal:
-                facts[path + name] = repr(value)
+            if name in internal:
+                continue
+            if any(isinstance(x, nn.Module | torch.Tensor) for x in tree_leaves(value)):
+                raise ValueError(f"{path}{name} hides tensors: register them")
+            facts[path + name] = repr(value)
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
     for kind, tensors in {"parameter": parameters, "buffer": buffers}.items():
@@ -585,6 +589,9 @@ def check_members(models):
     """Raise ValueError unless the models differ only in the values of their tensors."""
     if len(models) == 0:
         raise ValueError("there is no model to stack")
+    tensors = [id(t) for m in models for t in (*m.parameters(), *m.buffers())]
+    if len(set(tensors)) < len(tensors):
+        raise ValueError("two models share a tensor: the stack would part them")
     first, *others = [describe(model) for model in models]
     for i, other in enumerate(others, start=1):
         for name in first | other:
@@ -603,7 +610,8 @@ check_members([built, *tied])
 # %%
 # These lists are fine: no error. The second one holds the skeleton, too. **Make that a
 # habit**: the skeleton decides about mode, attributes and ties, so it has to match.
-# Now what readers will try, first what both refuse:
+# Give it the dtype and ``requires_grad`` of the models as well; the call does not need
+# them, but the check compares them. Now what readers will try, first what both refuse:
 
 for what, members in {
     "no model": [],
@@ -619,9 +627,10 @@ for what, members in {
 
 # %%
 # Then what ``stack_module_state`` accepts. It drops a bias or a matrix of the second
-# model, changes its dtype, or forgets what is no tensor:
+# model, changes its dtype, parts what is shared, or forgets what is no tensor:
 
 half_eval, gentle, plain, untied = sequence(), sequence(), sequence(), Tied()
+layer = nn.Linear(6, 6)
 half_eval[2].eval()
 gentle[2].p = 0.1
 plain.offset = torch.ones(6)
@@ -634,15 +643,16 @@ for what, members in {
     "modes of a submodule": [sequence(), half_eval],
     "activations": [sequence(), sequence(nn.Tanh)],
     "attributes": [sequence(), gentle],
-    "a tensor as attribute": [plain, plain],
+    "a tensor as attribute": [plain, copy.deepcopy(plain)],
+    "a layer in both": [nn.Sequential(layer), nn.Sequential(layer)],
 }.items():
     stack_module_state(members)  # no error
     show_refusal(what, check_members, members)
 show_refusal("the copied skeleton", check_members, [copied, *tied])
 
 # %%
-# Modules with parametrizations get a class of their own for each model, so
-# ``check_members`` refuses them, even where they would work.
+# ``torch.nn.utils.parametrize`` makes a class for each module, so models built one by
+# one are refused; copies of one model, filled by ``load_state_dict``, share the class.
 #
 # Last, the global switches go back to where they were.
 
@@ -678,9 +688,9 @@ torch.set_grad_enabled(default_grad)
 #   overfitting, 2014, `JMLR 15 <https://jmlr.org/papers/v15/srivastava14a.html>`_.
 # - O. Press, L. Wolf: Using the output embedding to improve language models, 2017,
 #   `arXiv:1608.05859 <https://arxiv.org/abs/1608.05859>`_: tied weights.
-# - Threads of people who met these limits: batch norm,
-#   `torch_blue#61 <https://github.com/RAI-SCC/torch_blue/issues/61>`_ and
-#   `pytorch#96655 <https://github.com/pytorch/pytorch/issues/96655>`_; dropout in an
-#   ensemble, `pytorch/rl#1935 <https://github.com/pytorch/rl/issues/1935>`_; random
-#   numbers that repeat,
-#   `pytorch/functorch#408 <https://github.com/pytorch/functorch/issues/408>`_.
+# - Threads about these limits: batch norm "not compatible with vmap",
+#   `torch_blue#61 <https://github.com/RAI-SCC/torch_blue/issues/61>`_, and the patch
+#   for ``vmap`` over samples, `functorch#505
+#   <https://github.com/pytorch/functorch/pull/505>`_; dropout in an ensemble,
+#   `pytorch/rl#1935 <https://github.com/pytorch/rl/issues/1935>`_; random numbers that
+#   repeat, `functorch#408 <https://github.com/pytorch/functorch/issues/408>`_.
