@@ -385,7 +385,9 @@ def profiled(function, where):
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)  # some versions of the profiler announce themselves there
     try:
-        with profile(activities=activities, record_shapes=True) as record:
+        with profile(
+            activities=activities, record_shapes=True, acc_events=True
+        ) as record:
             function()
             if where.type == "cuda":
                 torch.cuda.synchronize()

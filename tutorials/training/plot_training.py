@@ -678,6 +678,13 @@ with torch.no_grad():
 params, _ = stack_module_state(astray)
 frozen = {name: p.detach() for name, p in params.items()}
 grads, _ = vmap(grad_and_value(member_loss))(frozen, points64, labels64)
+for name, p in params.items():
+    p.grad = grads[name].clone()
+nn.utils.clip_grad_norm_(params.values(), max_norm)
+for_all = {name: p.grad for name, p in params.items()}
+left = (member_norms(for_all) / member_norms(grads))[1:].max()
+assert left < 0.1, f"one clip for all leaves {left:.0%} of another member's gradient"
+
 clipped = vmap(clip)(grads)
 
 alone = []
@@ -693,12 +700,6 @@ assert error <= 1e-12, (  # some thousand roundings of float64
     f"clipping under vmap is not clipping each model alone: {error:.1e} apart"
 )
 
-for name, p in params.items():
-    p.grad = grads[name].clone()
-nn.utils.clip_grad_norm_(params.values(), max_norm)
-for_all = {name: p.grad for name, p in params.items()}
-left = (member_norms(for_all) / member_norms(grads))[1:].max()
-assert left < 0.1, f"one clip for all leaves {left:.0%} of another member's gradient"
 stages = {"no clip": grads, "one clip for all": for_all, "a clip for each": clipped}
 print("norm of each member's gradient; member 0 has gone astray")
 for name, state in stages.items():
