@@ -69,7 +69,7 @@ print(
 # Two spirals, a hundred points with a little noise: which arm does a point belong to?
 # The network has two inputs, so its answer can be drawn as a map. The members differ
 # in their initialization and, by **bootstrapping**, in their data: each draws a
-# hundred points *with replacement*, so it sees about two thirds of them, some twice.
+# hundred points *with replacement*, so it sees about two thirds of them.
 
 
 def spirals(num_points):
@@ -287,10 +287,8 @@ def equal_bits(state, other):
     )
 
 
-print(
-    f"{num_models} members, {num_steps} steps. Distances of trained weights from those"
-)
-print("trained alone in float64, the largest of all members")
+print(f"{num_models} members, {num_steps} steps. Largest distance of trained weights")
+print("from those trained alone in float64")
 print("optimizer          dtype    alone  together  equal bits      A  members proved")
 bounds, exact_ends = {}, {}
 for name, make_optimizer in optimizers.items():
@@ -320,12 +318,12 @@ for name, make_optimizer in optimizers.items():
             f"weight trained alone, more than rounding explains"
         )
         assert sharp.all() or dtype == "float32", f"{name}: float64 proves nothing"
-        print(f"{name:18} {dtype} {distances(alone, exact).max():.1e}", end="")
+        equal = f"{equal_bits(params, alone)} of {num_models}"
+        proved = f"{sharp.sum()} of {num_models}"
         print(
-            f"   {error.max():.1e}  {equal_bits(params, alone):5} of {num_models}",
-            end="",
+            f"{name:18} {dtype} {distances(alone, exact).max():.1e}   {error.max():.1e}"
+            f"  {equal:>10}  {growth.max():.0e}  {proved:>14}"
         )
-        print(f"  {growth.max():.0e}  {sharp.sum():9} of {num_models}")
 
 # %%
 # The float64 rows are the proof: all members are within their bounds, at distances in
@@ -524,10 +522,10 @@ def step_together(loss, params, optimizer, points, labels):
     optimizer.step()
 
 
-def measure(statement, scope):
+def measure(statement, scope, size):
     """Quartiles of the time of one call [ms] and the number of values."""
     timer = Timer(statement, globals=scope, num_threads=num_threads)
-    runs = timer.blocked_autorange(min_run_time=0.7).times
+    runs = timer.blocked_autorange(min_run_time=min(3, 0.7 + size / 500)).times
     return *(1e3 * torch.tensor(runs).quantile(quartiles)).tolist(), len(runs)
 
 
@@ -553,7 +551,7 @@ for where, device_name in device_names.items():
             if name == "loop" and size > largest_loop:
                 print(f"{'not measured':>19}", end="")
                 continue
-            *times[where, name, size], count = measure(statement, scope)
+            *times[where, name, size], count = measure(statement, scope, size)
             low, median, high = times[where, name, size]
             print(f"{f'{median:.2f} ({high - low:.2f}, {count})':>19}", end="")
         print()
@@ -614,8 +612,9 @@ print(*findings, sep="\n")
 # flat**, its calls take longer than its arithmetic, and a further model costs next to
 # nothing. **Where vmap rises as well**, its arithmetic takes longer; the distance of
 # the lines compares calls and arithmetic of one model alone with its share in the one
-# call. For networks with more work in each call the lines come closer, and ``vmap`` can
-# lose: ``plot_when_vmap_pays.py`` shows where.
+# call. Where it gets steeper still, its tensors have usually outgrown the cache. For
+# networks with more work in each call the lines come closer, and ``vmap`` can lose:
+# ``plot_when_vmap_pays.py`` shows where.
 #
 # Four mistakes that raise no error
 # ---------------------------------
@@ -806,7 +805,7 @@ for size in compiled_sizes:
         for adam, options in {"Adam": {}, "fused Adam": {"fused": True}}.items():
             scope |= {"params": params, "loss": loss}
             scope["optimizer"] = torch.optim.Adam(params.values(), lr=0.01, **options)
-            low, median, high, count = measure(statements["vmap"], scope)
+            low, median, high, count = measure(statements["vmap"], scope, size)
             medians[f"{name}, {adam}", size] = median
             shown = f"{median:.2f} ({high - low:.2f}, {count})"
             print(f"{name + ', ' + adam:22} {size:6} {shown:>19}  {error:8.1e}")
