@@ -7,6 +7,7 @@ Sphinx-Gallery runs all scripts in one process and calls ``reset`` (named in
 import gc
 import random
 import sys
+import types
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ def reset(gallery_conf, fname):
         setattr(owner, name, value)
     if "torch._dynamo" in sys.modules:  # not imported before the first torch.compile
         torch._dynamo.reset()
+        # It keeps the first __main__ that it met. Every script has one of its own.
+        torch._dynamo.symbolic_convert._import_module.cache_clear()
+        for module in list(sys.modules.values()):
+            if isinstance(module, types.ModuleType):
+                vars(module).pop("__import___main__", None)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
