@@ -1,5 +1,6 @@
 """A tutorial is a plain script: it runs anywhere and leaves nothing behind."""
 
+import ast
 import sys
 
 from conftest import ROOT, run
@@ -28,3 +29,13 @@ def test_without_a_compiler_the_compiled_ways_are_left_out(tmp_path):
     rows = [line for line in done.stdout.splitlines() if line[:2].strip().isdigit()]
     assert len(rows) > 9
     assert not [row for row in rows if "compiled" in row]
+
+
+def test_check_members_is_the_same_on_both_pages():
+    """plot_saving.py says that it repeats what plot_state.py explains."""
+    pages = []
+    for name in ["plot_state.py", "plot_saving.py"]:
+        text = (ROOT / "tutorials" / "training" / name).read_text(encoding="utf-8")
+        functions = {f.name: f for f in ast.parse(text).body if hasattr(f, "name")}
+        pages.append([ast.unparse(functions[f]) for f in ("describe", "check_members")])
+    assert pages[0] == pages[1]

@@ -17,7 +17,8 @@ handwritten digits, and let populations tune themselves while they train.
 - how population-based training works on stacked state, and whether it wins here.
 
 **Before you start**, read ``plot_ensembling.py``. If all your members share one
-learning rate, you do not need this page: see ``plot_training.py``.
+learning rate, you do not need this page: see ``plot_training.py``. The digits come with
+the package `scikit-learn <https://scikit-learn.org>`_.
 """
 
 # %%

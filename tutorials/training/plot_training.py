@@ -522,10 +522,10 @@ def step_together(loss, params, optimizer, points, labels):
     optimizer.step()
 
 
-def measure(statement, scope, size):
+def measure(statement, scope, seconds=0.5):
     """Quartiles of the time of one call [ms] and the number of values."""
     timer = Timer(statement, globals=scope, num_threads=num_threads)
-    runs = timer.blocked_autorange(min_run_time=min(3, 0.7 + size / 500)).times
+    runs = timer.blocked_autorange(min_run_time=seconds).times
     return *(1e3 * torch.tensor(runs).quantile(quartiles)).tolist(), len(runs)
 
 
@@ -551,7 +551,8 @@ for where, device_name in device_names.items():
             if name == "loop" and size > largest_loop:
                 print(f"{'not measured':>19}", end="")
                 continue
-            *times[where, name, size], count = measure(statement, scope, size)
+            seconds = 0.5 if size < 1000 else 2.5
+            *times[where, name, size], count = measure(statement, scope, seconds)
             low, median, high = times[where, name, size]
             print(f"{f'{median:.2f} ({high - low:.2f}, {count})':>19}", end="")
         print()
@@ -805,7 +806,7 @@ for size in compiled_sizes:
         for adam, options in {"Adam": {}, "fused Adam": {"fused": True}}.items():
             scope |= {"params": params, "loss": loss}
             scope["optimizer"] = torch.optim.Adam(params.values(), lr=0.01, **options)
-            low, median, high, count = measure(statements["vmap"], scope, size)
+            low, median, high, count = measure(statements["vmap"], scope)
             medians[f"{name}, {adam}", size] = median
             shown = f"{median:.2f} ({high - low:.2f}, {count})"
             print(f"{name + ', ' + adam:22} {size:6} {shown:>19}  {error:8.1e}")
