@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items):
         for fixture in ["site", "built_once", "recorded_once"]:
             if fixture in item.fixturenames:
                 item.add_marker(pytest.mark.xdist_group(fixture))
+                break
 
 
 def name_of(tutorial):

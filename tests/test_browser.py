@@ -85,6 +85,7 @@ def visit(chromium, addresses):
         context = chromium.new_context(
             viewport={"width": width, "height": 900}, color_scheme=system_theme
         )
+        context.set_default_timeout(120_000)  # other tests run beside this one
         contexts.append(context)
         context.add_init_script(f"localStorage.setItem('mode', '{theme}')")
         page = context.new_page()
