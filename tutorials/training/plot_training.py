@@ -542,19 +542,19 @@ times = {}  # (device, statement, size) -> first quartile, median, third quartil
 print("One step of Adam on 100 points a member, float32, autograd on")
 for where, device_name in device_names.items():
     print(f"{device_name}: milliseconds, median (interquartile range, values)")
-    print("models               loop               vmap")
+    print("models                 loop                 vmap")
     for size in sizes[where]:
         scope = build(size, where) | {"loss": ensemble_loss}
         scope |= {"step_alone": step_alone, "step_together": step_together}
         print(f"{size:6}", end="")
         for name, statement in statements.items():
             if name == "loop" and size > largest_loop:
-                print(f"{'not measured':>19}", end="")
+                print(f"{'not measured':>21}", end="")
                 continue
             seconds = 0.5 if size < 1000 else 2.5
             *times[where, name, size], count = measure(statement, scope, seconds)
             low, median, high = times[where, name, size]
-            print(f"{f'{median:.2f} ({high - low:.2f}, {count})':>19}", end="")
+            print(f"{f'{median:.2f} ({high - low:.2f}, {count})':>21}", end="")
         print()
 
 # %%
