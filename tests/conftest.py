@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "_ext"))
@@ -16,14 +17,26 @@ import recording_files  # noqa: E402
 TUTORIALS = sorted((ROOT / "tutorials").rglob("plot_*.py"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests that share a built site run in one process, so that it is built once."""
-    for item in items:
-        for fixture in ["site", "built_once", "recorded_once"]:
-            if fixture in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group(fixture))
-                break
+# Files whose tests share a built site run in one process, so that it is built once.
+SHARED_SITES = {
+    "test_browser.py": "site",
+    "test_notebooks.py": "site",
+    "test_pages.py": "site",
+    "test_commands.py": "small site",
+    "test_recordings.py": "small site",
+}
+
+
+class BySite(LoadScopeScheduling):
+    """Other tests go one by one to the process that is free."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0].rpartition("/")[2]
+        return SHARED_SITES.get(file, nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return BySite(config, log)
 
 
 def name_of(tutorial):
