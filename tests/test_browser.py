@@ -119,7 +119,7 @@ def visit(chromium, addresses):
 @pytest.mark.parametrize("name", PAGES)
 def test_page_fits_in_every_theme_and_width(visit, name, theme, width):
     page = visit(f"{name}.html", width=width, theme=theme)
-    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    page.wait_for_selector(f"html[data-theme={theme}]")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
