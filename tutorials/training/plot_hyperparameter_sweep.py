@@ -396,8 +396,9 @@ print(
 # Adam moves a weight by up to about ``lr`` in a step, however small its gradient, so a
 # large rate soon pushes every ReLU below zero for all images. Such a network has no
 # gradient left in its first layer and can only guess. And the decay multiplies every
-# weight by ``1 - lr * weight_decay``, which is below -1 from a rate of 20 on: from
-# there the weights grow exponentially, until float32 cannot hold them.
+# weight by ``1 - lr * weight_decay``, which is below -1 from a rate of
+# ``2 / weight_decay`` on: from there the weights grow exponentially, until float32
+# cannot hold them.
 
 num_steps, weight_decay = 200, 0.1
 rates = torch.logspace(-4, 2, num_rates).to(device)
@@ -422,7 +423,8 @@ print(
     f"{no_number.sum()} end with nan or inf, "
     f"{(lost & ~no_number).sum()} more with a loss above 10"
 )
-print(f"smallest rate with such a member: {rates[lost.any(dim=1)].min():.1f}")
+print(f"smallest rate with such a member: {rates[lost.any(dim=1)].min():.1f}", end="")
+print(f"; the decay predicts {2 / weight_decay:.1f}")
 print(f"lowest mean validation loss: {val[best].mean():.3f}, at rate {best_rate:.3f}")
 print(f"its members on test data: loss {test[best].mean():.3f} (mean), ", end="")
 print(f"right {test_accuracy[best].min():.1%} to {test_accuracy[best].max():.1%}")
@@ -600,9 +602,9 @@ check(
 #
 # Each picks its best member by validation loss and is judged by the test loss of that
 # one. Sixteen populations give sixteen paired comparisons. We call a way better when it
-# wins at least 13 of them; fair coins do that, for one side or the other, with a
-# probability of 2.1%, and there are two such comparisons. All populations share one
-# split of the data, so this says nothing of other splits.
+# wins at least 13 of them. How often fair coins do that, for one side or the other, is
+# printed below; there are two such comparisons. All populations share one split of the
+# data, so this says nothing of other splits.
 
 rows = torch.randint(len(x_train), (num_steps, num_populations, 64)).to(device)
 best_setting = {
@@ -635,11 +637,16 @@ for way, (setting, count) in ways.items():
     columns.append(f"{right[pick].mean():7.1%}  {no_number} of {val.numel()}")
     print(f"{way:10} {columns[0]:>22} {columns[1]:>22} {columns[2]}")
 
+enough = 13
+coins = 2 * sum(
+    math.comb(num_populations, k) for k in range(enough, num_populations + 1)
+)
+print(f"fair coins: {enough} or more of one side in {coins / 2**num_populations:.1%}")
 for rival in ("fixed", "best rate"):
     wins = (results["PBT"] < results[rival]).sum().item()
     losses = (results["PBT"] > results[rival]).sum().item()
     verdict = "no clear difference"
-    if max(wins, losses) >= 13:
+    if max(wins, losses) >= enough:
         verdict = f"{'PBT' if wins > losses else rival} is better"
     print(
         f"PBT has the lower test loss in {wins} of {num_populations}, against {rival}: "

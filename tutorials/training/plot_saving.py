@@ -215,7 +215,8 @@ class Ensemble(nn.Module):
         self.stacked = Ensemble([*self.members(), model]).stacked
 
     def drop(self, i):  # makes new parameters: the optimizer has to follow
-        rows = [row for row in range(len(self)) if row != i]
+        rows = list(range(len(self)))
+        del rows[i]
         if not rows:
             raise ValueError("this is the last model of the ensemble")
         state = {name: t[rows] for name, t in tensors_of(self.stacked).items()}

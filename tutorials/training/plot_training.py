@@ -761,8 +761,8 @@ for name, (params, optimizer, restack) in runs.items():
 # Compiled
 # --------
 #
-# The step above calls some dozens of kernels one by one. ``torch.compile`` makes few of
-# them, forward and backward, and the change is one line. ``fused=True`` does the same
+# The step above calls its kernels one by one. ``torch.compile`` makes fewer of them,
+# forward and backward, and the change is one line. ``fused=True`` does the same
 # for Adam. A compiler may round differently, so its gradients pass the check of the
 # first step. It compiles for one size: a new number of members, or of points, compiles
 # again. It needs a C++ compiler; without one this part says so and measures the rest.
@@ -828,7 +828,7 @@ for size in compiled_sizes:
 # **Where the compiled step gains much**, the eager step spent its time between the
 # kernels: small ensembles, and fast devices. **Where it gains little**, matrix products
 # fill the time, and those are the same library calls in both. The time of the first
-# call is the price: a short training does not earn it back.
+# call is the price, which a short training may not earn back.
 #
 # Remember
 # --------
@@ -839,7 +839,7 @@ for size in compiled_sizes:
 #   change. Rules that look at a whole gradient, such as clipping its norm, mix members:
 #   write them for one member, under ``vmap``.
 # - Prove it in float64, with a bound that knows how much training amplifies rounding.
-#   In float32 even the loop does not repeat itself on another machine.
+#   In float32 even the loop drifts away from its own float64 run.
 # - After the first ``backward``, check that every tensor of the optimizer has a
 #   gradient.
 #
