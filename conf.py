@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+sys.path.insert(0, str(Path(__file__).parent))  # for _ext and the runner
 
 project = "Many Models, One Call"
 author = "the authors of Many Models, One Call"
@@ -15,11 +15,12 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinx_design",
     "sphinx_copybutton",
-    "recordings",
-    "page_head",
-    "page_links",
-    "formulas",
-    "tidy",
+    "_ext.gallery",
+    "_ext.recordings",
+    "_ext.page_head",
+    "_ext.page_links",
+    "_ext.fold",
+    "_ext.formulas",
 ]
 
 # tutorials/ holds sources that Sphinx-Gallery turns into auto_tutorials/.
@@ -30,7 +31,6 @@ exclude_patterns = [
     "recordings",
     "tests",
     "tutorials",
-    "wheels",
 ]
 
 # Text inventories with the names that tutorials use: links need no network at build
@@ -51,10 +51,11 @@ sphinx_gallery_conf = {
         "tutorials/training",
         "*",
     ],
-    "within_subsection_order": "reading_order.key",
+    "within_subsection_order": "_ext.reading_order.key",
     "filename_pattern": r"/plot_",
-    "image_scrapers": ("figures.scraper", "page_head.scraper"),
-    "reset_modules": ("matplotlib", "figures.set_style", "reset.reset"),
+    "ignore_pattern": r"^(?!plot_).*\.py$",
+    "image_scrapers": ("_ext.figures.scraper",),
+    "reset_modules": ("matplotlib", "_ext.figures.reset", "_ext.torch_state.reset"),
     "reset_modules_order": "both",  # leave no state to the build either
     "capture_repr": (),  # pages show what scripts print, as a script run does
     "remove_config_comments": True,

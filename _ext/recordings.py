@@ -1,45 +1,64 @@
-"""Outputs of several machines on one page: recorded by one build, joined by the next.
+"""Outputs of several machines on one page: recorded by the runner, joined here.
 
-``make record`` writes what this machine's run produced (see ``recording_files.py``).
-``make html`` puts the recorded outputs under the code cells, beside those of this
-build. An output belongs to the *code* of its cell: prose may change, an edited cell
-loses its recorded outputs. Where all machines agree, one output stands; where they
-differ, each machine has a tab, accelerators first.
+A recording is an executed notebook (see ``runner.py``). Its outputs stand under the
+code cells for as long as a cell and all code before it are the same; what comes after
+is not shown. Where all machines agree, one output stands; where they differ, each has
+a tab, accelerators first. A machine that built the page needs no recording of it.
 """
 
-import difflib
+import hashlib
 import re
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import nbformat
 from docutils import nodes
-from figures import FIGURE
-from machine import describe, short_name, slug, this_machine
-from page_head import executes, running_time, where_it_ran
-from recording_files import (
-    MACHINE_NAME,
-    SVG,
-    RecordingError,
-    code_hash,
-    load,
-    pack,
-    refuse_other_hardware,
-    save_tutorial,
-    sha256,
-)
+from nbformat import ValidationError
 from sphinx.errors import ExtensionError
-from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx_design.shared import create_component
 
-logger = logging.getLogger(__name__)
+import runner
+from _ext import figures, gallery
 
+UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, SyntaxError)
 OWN = "this-build"
+FIGURES = Path("_build", "recorded")  # recorded figures as files, for <img>
 
-# A code cell in generated rST: its indented code, and what follows up to the next cell.
-CELL = r"[^\n]*\n\n\.\. code-block:: Python\n\n((?: {4}[^\n]*\n|[ ]*\n)*)(.*)"
+# What matplotlib writes into an SVG.
+SVG = "{http://www.w3.org/2000/svg}"
+SVG_TAGS = set(
+    [
+        "svg",
+        "title",
+        "metadata",
+        "defs",
+        "style",
+        "g",
+        "path",
+        "use",
+        "clipPath",
+        "rect",
+        "text",
+        "tspan",
+        "image",
+        "circle",
+        "ellipse",
+        "line",
+        "polyline",
+        "polygon",
+        "pattern",
+        "linearGradient",
+        "radialGradient",
+        "stop",
+    ]
+)
+METADATA_NAMESPACES = (
+    "{http://creativecommons.org/ns#}",
+    "{http://purl.org/dc/elements/1.1/}",
+    "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}",
+)
 
 
 class Source(NamedTuple):
@@ -47,138 +66,174 @@ class Source(NamedTuple):
 
     machine: dict
     name: str  # folder of the recording, or OWN
-    outputs: dict  # position of the cell -> list of (kind, content, path)
-
-    def order(self):
-        """Accelerators first, then this build, then by name."""
-        accelerator = self.machine["accelerator"] is None
-        return accelerator, self.name != OWN, short_name(self.machine), self.name
+    outputs: list  # for each code cell a list of (kind, content, alternative text)
 
 
-def root_of(app):
-    return Path(app.srcdir, "recordings")
+# --- reading ----------------------------------------------------------------------
 
 
-def tutorial_of(docname):
-    """basics/plot_x of auto_tutorials/basics/plot_x, else None."""
-    found = re.fullmatch(r"auto_tutorials/([^/]+/plot_[^/]+)", docname)
-    return found and found[1]
+def check_svg(svg):
+    """Raise ValueError if a figure holds what matplotlib does not write."""
+    if "<!entity" in svg.lower() or "<?" in svg.removeprefix("<?xml "):
+        raise ValueError("a figure declares XML entities or instructions")
+    for element in ElementTree.fromstring(svg).iter():
+        tag = element.tag.removeprefix(SVG)
+        if tag not in SVG_TAGS and not tag.startswith(METADATA_NAMESPACES):
+            raise ValueError(f"a figure contains the foreign element <{tag}>")
+        styles = [element.text or ""] if tag == "style" else []
+        for key, value in element.attrib.items():
+            name = key.rpartition("}")[2].lower()
+            if name.startswith("on"):
+                raise ValueError(f"a figure contains the event handler {name}")
+            if name != "href":
+                styles.append(value)
+            elif not value.startswith(("#", "data:image/png;base64,")):
+                raise ValueError(f"a figure refers to another file ({value[:60]})")
+        for style in styles:
+            if re.search(
+                r"url\((?!['\"]?#)|@import|image-set|expression\(|\\", style, re.I
+            ):
+                raise ValueError("the style of a figure refers to another file")
 
 
-# --- a build that joins -----------------------------------------------------------
+def outputs_of(cell, folder):
+    """Outputs of a recorded cell. Figures become files below folder."""
+    found = []
+    for output in cell["outputs"]:
+        if output["output_type"] == "stream":
+            found.append(("text", output["text"], None))
+            continue
+        svg, alt = output["data"]["image/svg+xml"], output["data"]["text/plain"]
+        check_svg(svg)
+        path = folder / f"{hashlib.sha256(svg.encode()).hexdigest()[:16]}.svg"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(svg, encoding="utf-8")
+        found.append(("figure", svg, (path, alt)))
+    return found
+
+
+def read(path):
+    """A recording as (machine, seconds, its code cells, outputs of each).
+
+    Raises ExtensionError if it is damaged, unsafe, or of a page that is gone.
+    """
+    name = path.relative_to(runner.ROOT)
+    page = runner.TUTORIALS.joinpath(*path.parts[-2:]).with_suffix(".py")
+    if not page.exists():
+        raise ExtensionError(f"{name} is of a tutorial that is gone: git rm it")
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        machine, seconds = dict(notebook.metadata.machine), notebook.metadata.seconds
+        runner.describe(machine)
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        folder = runner.ROOT / FIGURES
+        outputs = [outputs_of(cell, folder) for cell in cells]
+    except (ValidationError, *UNREADABLE) as problem:
+        reason = str(problem).strip().split("\n")[0]
+        raise ExtensionError(
+            f"{name} is damaged: {type(problem).__name__}: {reason}. Restore it from "
+            f"git, or record it again: python runner.py {page.stem}"
+        ) from None
+    return machine, seconds, notebook, outputs
 
 
 def read_all(app):
-    """Load and check the recordings before any script runs."""
-    try:
-        # The machine that records need not have a sound recording: it makes a new one.
-        app.recordings = load(root_of(app), without=record_name(app))
-    except RecordingError as problem:
-        raise ExtensionError(str(problem)) from None
+    """Read and check every recording before any script runs."""
+    app.recordings = {
+        path: read(path) for path in sorted(runner.RECORDINGS.glob("*/*/*.ipynb"))
+    }
 
 
 def outdated(app, env, added, changed, removed):
     """Pages to read again because a recording came, went or changed."""
-    state = {"executes": executes(app)}
-    for name, tutorials in app.recordings.items():
-        for tutorial in tutorials:
-            content = (root_of(app) / name / tutorial / "recording.json").read_bytes()
-            state[tutorial, name] = sha256(content)
-    before = getattr(env, "recordings_state", {})
-    env.recordings_state = state
+    state = {str(path): path.read_bytes() for path in app.recordings}
+    state = {path: hashlib.sha256(content).digest() for path, content in state.items()}
+    state["executes"] = gallery.executes(app)
+    before, env.recordings_state = getattr(env, "recordings_state", {}), state
     return env.found_docs if state != before else []
 
 
-def cells_of_page(app, tutorial):
-    """Code cells of a generated page, from its rST: (hash, paths of its figures)."""
-    page = Path(app.srcdir, "auto_tutorials", f"{tutorial}.rst")
-    parts = page.read_text(encoding="utf-8").split(
-        ".. GENERATED FROM PYTHON SOURCE LINES"
+def recorded(app, tutorial):
+    """Of each recording of a page: path, Source, seconds, current and all cells."""
+    cells = runner.split(
+        (runner.TUTORIALS / f"{tutorial}.py").read_text(encoding="utf-8")
     )
-    cells = []
-    for part in parts[1:]:
-        found = re.match(CELL, part, re.DOTALL)
-        if found:
-            figures = re.findall(r"^\.\. image:: /(.*\.svg)$", found[2], re.MULTILINE)
-            paths = [Path(app.srcdir, figure) for figure in figures]
-            cells.append((code_hash(textwrap.dedent(found[1])), paths))
-    return cells
+    total = len(runner.code_of(cells))
+    for path, (machine, seconds, notebook, outputs) in app.recordings.items():
+        if path.parts[-2:] == (
+            *tutorial.split("/")[:1],
+            f"{tutorial.split('/')[1]}.ipynb",
+        ):
+            current = runner.current(notebook, cells)
+            source = Source(machine, path.parts[-3], outputs[:current])
+            yield path, source, seconds, current, total
 
 
-def matching(recording, hashes):
-    """Recorded outputs by position in the page, of the cells whose code is the same.
-
-    Also the number of cells that differ: edited, added, taken away or moved.
-    """
-    then = [cell["code"] for cell in recording["cells"]]
-    blocks = difflib.SequenceMatcher(None, then, hashes, False).get_matching_blocks()
-    pairs = [(b.a + i, b.b + i) for b in blocks for i in range(b.size)]
-    outputs = {now: recording["cells"][was]["outputs"] for was, now in pairs}
-    return outputs, max(len(then), len(hashes)) - len(pairs)
+def without_this_machine(sources, own):
+    """The recorded sources but for those of the machine that built the page."""
+    here = own and runner.hardware(own.machine)
+    return [source for source in sources if runner.hardware(source.machine) != here]
 
 
-def recorded_sources(app, tutorial, hashes):
-    """Source of each machine that recorded the tutorial, with its changed cells."""
-    for name, tutorials in app.recordings.items():
-        if tutorial in tutorials:
-            outputs, changed = matching(tutorials[tutorial], hashes)
-            yield Source(tutorials[tutorial]["machine"], name, outputs), changed
+def in_order(entries):
+    """Entries that begin with a Source: accelerators, then this build, then others."""
+
+    def key(entry):
+        source = entry[0]
+        name = runner.short_name(source.machine)
+        return (
+            source.machine["accelerator"] is None,
+            source.name != OWN,
+            name,
+            source.name,
+        )
+
+    return sorted(entries, key=key)
 
 
-def code_cells(doctree):
-    """Code cells of a generated page: (literal block, the output nodes after it)."""
-    cells = []
-    for block in doctree.findall(nodes.literal_block):
-        siblings = block.parent.children
-        at = siblings.index(block)
-        before = siblings[at - 1] if at else None
-        generated = isinstance(before, nodes.comment) and "GENERATED" in before.astext()
-        if not generated or block.get("language") != "Python":
-            continue
-        outputs = []
-        for node in siblings[at + 1 :]:
-            if not {"sphx-glr-script-out", "tutorial-figure"} & set(node["classes"]):
-                break
-            outputs.append(node)
-        cells.append((block, outputs))
-    return cells
+# --- showing ----------------------------------------------------------------------
 
 
-def own_outputs(app, outputs):
-    """This build's outputs of a cell: (kind, content, path of a figure)."""
+def own_outputs(outputs):
+    """This build's outputs of a cell, from the nodes that show them."""
     shown = []
     for node in outputs:
         if isinstance(node, nodes.image):
-            path = Path(app.srcdir, node["uri"].lstrip("/"))
-            shown.append(("figure", path.read_text(encoding="utf-8"), path))
+            path = runner.ROOT / node["uri"].lstrip("/")
+            svg = path.read_text(encoding="utf-8")
+            shown.append(("figure", svg, (path, node["alt"])))
         else:
             shown.append(("text", node.astext() + "\n", None))
     return shown
 
 
-def output_nodes(app, outputs):
+def image(path, alt):
+    uri = "/" + path.relative_to(runner.ROOT).as_posix()
+    return nodes.image(uri=uri, alt=alt, classes=figures.CLASSES.split())
+
+
+def output_nodes(outputs):
     """The nodes that show outputs. Text and alternative text stay text."""
     shown = []
-    for kind, content, path in outputs:
+    for kind, content, figure in outputs:
         if kind == "text":
             text = content.removesuffix("\n")
             block = nodes.literal_block(text, text, language="none")
             block["classes"].append("sphx-glr-script-out")
             shown.append(block)
         else:
-            uri = "/" + path.relative_to(app.srcdir).as_posix()
-            alt = ElementTree.fromstring(content).findtext(f"{SVG}title")
-            shown.append(nodes.image(uri=uri, alt=alt, classes=FIGURE.split()))
+            shown.append(image(*figure))
     return shown
 
 
-def tab_set(app, entries):
+def tab_set(entries):
     """Synchronized tabs, from a list of (Source, nodes)."""
-    entries = sorted(entries, key=lambda entry: entry[0].order())
-    labels = [short_name(source.machine) for source, _ in entries if source.name != OWN]
+    entries = in_order(entries)
+    labels = [runner.short_name(source.machine) for source, _ in entries]
     items = []
-    for source, content in entries:
-        label = short_name(source.machine)
+    for (source, content), label in zip(entries, labels, strict=True):
         if source.name == OWN:
             label = "This build"
         elif labels.count(label) > 1:
@@ -201,59 +256,54 @@ def tab_set(app, entries):
 
 def join(app, doctree):
     """Put the outputs of all machines under each code cell of a tutorial's page."""
-    tutorial = tutorial_of(app.env.docname)
+    tutorial = gallery.tutorial_of(app.env.docname)
     if not tutorial:
         return
-    cells = code_cells(doctree)
-    hashes = [code_hash(block.astext()) for block, _ in cells]
-    sources = []
-    doctree["machines"] = []
-    for source, changed in recorded_sources(app, tutorial, hashes):
-        seconds = app.recordings[source.name][tutorial]["seconds"]
-        doctree["machines"].append((describe(source.machine), seconds, changed))
-        sources.append(source)
-    if executes(app) and running_time(doctree) is not None:
-        outputs = {at: own_outputs(app, shown) for at, (_, shown) in enumerate(cells)}
-        sources.append(Source(where_it_ran(app), OWN, outputs))
-
-    for position, (block, shown) in enumerate(cells):
-        for node in shown:
+    cells = gallery.code_cells(doctree)
+    own = None
+    if gallery.executes(app) and gallery.running_time(doctree) is not None:
+        machine = figures.read(Path(app.srcdir, f"{app.env.docname}.py"))["machine"]
+        own = Source(machine, OWN, [own_outputs(shown) for _, shown in cells])
+    known = list(recorded(app, tutorial))
+    shown = without_this_machine([source for _, source, *_ in known], own)
+    doctree["recorded"] = [
+        (path.relative_to(runner.ROOT).as_posix(), source.machine, *rest)
+        for path, source, *rest in known
+        if source in shown
+    ]
+    sources = shown + [own] * (own is not None)
+    for number, (block, former) in enumerate(cells):
+        for node in former:
             block.parent.remove(node)
-        having = [source for source in sources if position in source.outputs]
-        contents = [[o[:2] for o in source.outputs[position]] for source in having]
+        having = [source for source in sources if number < len(source.outputs)]
+        contents = [[o[:2] for o in source.outputs[number]] for source in having]
         if not any(contents):
             continue
-        entries = [(s, output_nodes(app, s.outputs[position])) for s in having]
+        entries = [(source, output_nodes(source.outputs[number])) for source in having]
         agree = len(having) == len(sources) and all(c == contents[0] for c in contents)
-        if agree or [source.name for source in having] == [OWN]:
-            result = entries[0][1]
-        else:
-            result = [tab_set(app, entries)]
+        alone = agree or [source.name for source in having] == [OWN]
         at = block.parent.index(block) + 1
-        block.parent[at:at] = result
+        block.parent[at:at] = entries[0][1] if alone else [tab_set(entries)]
 
 
 def figures_of(app, tutorial):
-    """Figures of a tutorial's page: for each, a list of (Source, output)."""
-    cells = cells_of_page(app, tutorial)
-    sources = [
-        s for s, _ in recorded_sources(app, tutorial, [code for code, _ in cells])
-    ]
-    if executes(app) and any(paths for _, paths in cells):
-        own = {
-            at: [("figure", path.read_text(encoding="utf-8"), path) for path in paths]
-            for at, (_, paths) in enumerate(cells)
-        }
-        sources.append(
-            Source(where_it_ran(app, f"auto_tutorials/{tutorial}"), OWN, own)
+    """Of each machine that shows a page's figures now: (Source, [(path, alt)])."""
+    found, own = [], None
+    note = Path(app.srcdir, gallery.GENERATED, f"{tutorial}.ran.json")
+    if gallery.executes(app) and note.exists():
+        ran = figures.read(note.with_name(note.name.replace(".ran.json", ".py")))
+        own = Source(ran["machine"], OWN, [])
+        drawn = [
+            (Path(app.srcdir, uri.lstrip("/")), alt) for uri, alt in ran["figures"]
+        ]
+        found.append((own, drawn))
+    sources = [source for _, source, *_ in recorded(app, tutorial)]
+    for source in without_this_machine(sources, own):
+        outputs = [output for cell in source.outputs for output in cell]
+        found.append(
+            (source, [figure for kind, _, figure in outputs if kind == "figure"])
         )
-    figures = {}
-    for source in sources:
-        for at, outputs in source.outputs.items():
-            drawn = [output for output in outputs if output[0] == "figure"]
-            for index, output in enumerate(drawn):
-                figures.setdefault((at, index), []).append((source, output))
-    return [figures[key] for key in sorted(figures)]
+    return in_order(found)
 
 
 class TutorialFigure(SphinxDirective):
@@ -267,120 +317,42 @@ class TutorialFigure(SphinxDirective):
 
     def run(self):
         tutorial, number = self.arguments[0], int(self.arguments[1])
-        page = f"/auto_tutorials/{tutorial}"
+        page = f"/{gallery.GENERATED}/{tutorial}"
         self.env.note_dependency(f"{page[1:]}.rst")
-        figures = figures_of(self.env.app, tutorial)
-        if number > len(figures):
+        entries = []
+        for source, drawn in figures_of(self.env.app, tutorial):
+            if len(drawn) >= number:
+                figure = nodes.figure("", image(*drawn[number - 1]))
+                link, _ = self.parse_inline(f":doc:`{page}`")
+                where = nodes.Text(f", on {runner.describe(source.machine)}.")
+                figure += nodes.caption("", "", nodes.Text("From "), *link, where)
+                entries.append((source, [figure]))
+        if not entries:
             text = f"The figure of :doc:`{page}` appears here after ``make html``."
             return self.parse_text_to_nodes(text)
-        entries = []
-        for source, output in figures[number - 1]:
-            figure = nodes.figure("", *output_nodes(self.env.app, [output]))
-            link, _ = self.parse_inline(f":doc:`{page}`")
-            where = nodes.Text(f", on {describe(source.machine)}.")
-            figure += nodes.caption("", "", nodes.Text("From "), *link, where)
-            entries.append((source, [figure]))
-        return entries[0][1] if len(entries) == 1 else [tab_set(self.env.app, entries)]
+        return entries[0][1] if len(entries) == 1 else [tab_set(entries)]
 
 
 def recorded_thumbnails(app, doctree):
     """In gallery indexes, a recorded figure stands in for a page that did not run."""
-    thumbnail = r"(auto_tutorials/)(\w+)/images/thumb/sphx_glr_(\w+)_thumb\.\w+"
-    for image in doctree.findall(nodes.image):
-        found = re.search(thumbnail, image["uri"])
-        if not found or executes(app):
+    for thumbnail in doctree.findall(nodes.image):
+        tutorial = gallery.thumbnail_of(thumbnail)
+        if not tutorial or gallery.executes(app):
             continue
-        tutorial = f"{found[2]}/{found[3]}"
-        app.env.note_dependency(f"auto_tutorials/{tutorial}.rst")
-        figures = figures_of(app, tutorial)
-        if figures:
-            _, (_, _, path) = min(figures[0], key=lambda entry: entry[0].order())
-            image["uri"] = "/" + path.relative_to(app.srcdir).as_posix()
-
-
-# --- a build that records ---------------------------------------------------------
-
-
-def record_name(app):
-    """Name under which this build records; None if it does not."""
-    name = app.config.record_as
-    return slug(this_machine()) if name == "auto" else name or None
-
-
-def before_recording(app):
-    """Refuse a bad name before anything runs."""
-    name = record_name(app)
-    app.recorded, app.not_recorded = [], []
-    if not name:
-        return
-    if not MACHINE_NAME.fullmatch(name) or name == OWN:
-        raise ExtensionError(f"MACHINE={name}: use small letters, digits and hyphens")
-    try:
-        refuse_other_hardware(root_of(app), name, this_machine())
-    except RecordingError as problem:
-        raise ExtensionError(str(problem)) from None
-
-
-def record(app, doctree):
-    """Write what this build's run of a tutorial produced, if ``make record`` asked."""
-    tutorial = tutorial_of(app.env.docname)
-    seconds = running_time(doctree)
-    failed = any(
-        b.get("language") == "pytb" for b in doctree.findall(nodes.literal_block)
-    )
-    if not tutorial or not record_name(app) or seconds is None or failed:
-        return  # Sphinx-Gallery reports failures itself
-    cells = [
-        (code_hash(block.astext()), [output[:2] for output in own_outputs(app, shown)])
-        for block, shown in code_cells(doctree)
-    ]
-    where = where_it_ran(app)
-    try:
-        save_tutorial(root_of(app), record_name(app), tutorial, where, seconds, cells)
-    except RecordingError as problem:
-        logger.warning("%s is not recorded: %s", tutorial, problem)
-    else:
-        app.recorded.append(tutorial)
-        logger.info("recorded %s as %s", tutorial, record_name(app))
-
-
-def after_build(app, exception):
-    """Pack the recording, or print the table, if asked."""
-    if app.recorded:
-        archive = Path(app.outdir).parent / f"{record_name(app)}.tar.gz"
-        size = pack(root_of(app), record_name(app), archive)
-        logger.info("to carry back: %s (%.0f KiB)", archive, size / 1024)
-    if app.config.recordings_table and not exception:
-        print_table(app)
-
-
-def print_table(app):
-    """Tutorial by machine: current, cells outdated, missing."""
-    words = {None: "missing", 0: "current", 1: "1 cell outdated"}
-    rows = [["tutorial", *app.recordings]]
-    for tutorial in sorted(filter(None, map(tutorial_of, app.env.found_docs))):
-        hashes = [code for code, _ in cells_of_page(app, tutorial)]
-        changed = {s.name: n for s, n in recorded_sources(app, tutorial, hashes)}
-        states = [changed.get(name) for name in app.recordings]
-        rows.append([tutorial, *(words.get(n, f"{n} cells outdated") for n in states)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())
-    if not app.recordings:
-        print("There are no recordings yet. 'make record' makes those of this machine.")
+        app.env.note_dependency(f"{gallery.GENERATED}/{tutorial}.rst")
+        drawn = [
+            figure for _, drawn in figures_of(app, tutorial) for figure in drawn[:1]
+        ]
+        if drawn:
+            path, _ = drawn[0]
+            thumbnail["uri"] = "/" + path.relative_to(runner.ROOT).as_posix()
 
 
 def setup(app):
-    app.add_config_value("record_as", "", "")  # a machine's name, "auto", or "" for no
-    app.add_config_value("recordings_table", False, "")
     app.add_directive("tutorial-figure", TutorialFigure)
-    app.connect("builder-inited", before_recording, priority=100)
-    app.connect("builder-inited", read_all, priority=101)  # both before scripts run
+    app.connect("builder-inited", read_all, priority=101)  # before scripts run
     app.connect("env-get-outdated", outdated)
-    # Before Sphinx collects images, and before page_head and tidy.
-    app.connect("doctree-read", record, priority=300)
+    # Before page_head, before Sphinx collects images and downloads, before tidy.
     app.connect("doctree-read", join, priority=301)
     app.connect("doctree-read", recorded_thumbnails, priority=302)
-    app.connect("build-finished", after_build)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

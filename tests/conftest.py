@@ -1,6 +1,7 @@
 """What the tests share: the tutorials, a copy of the repository, and its built site."""
 
-import functools
+import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -8,53 +9,55 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "_ext"))
-import recording_files  # noqa: E402
+sys.path.insert(0, str(ROOT))
+import noxfile  # noqa: E402
+import runner  # noqa: E402
 
-TUTORIALS = sorted((ROOT / "tutorials").rglob("plot_*.py"))
+TUTORIALS = runner.all_pages()
+OUTSIDE = str(Path(__file__).parent / "outside")
 
+# --- how tests share the cores ----------------------------------------------------
 
-# Files whose tests share a built site run in one process, so that it is built once.
-SHARED_SITES = {
-    "test_browser.py": "site",
-    "test_notebooks.py": "site",
-    "test_pages.py": "site",
-    "test_commands.py": "small site",
-    "test_recordings.py": "small site",
-}
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+THREADS = max(1, len(os.sched_getaffinity(0)) // WORKERS)
+WITH_SITE = ("test_browser.py", "test_pages.py")  # one process, one built site
+LAST = "test_notebooks.py"  # they need the site, too, and wait for it
 
 
 class BySite(LoadScopeScheduling):
-    """Other tests go one by one to the process that is free."""
+    """Tests of the built site stay together; others go to the process that is free."""
 
     def _split_scope(self, nodeid):
         file = nodeid.partition("::")[0].rpartition("/")[2]
-        return SHARED_SITES.get(file, nodeid)
+        return "site" if file in WITH_SITE else nodeid
 
 
 def pytest_xdist_make_scheduler(config, log):
     return BySite(config, log)
 
 
-def name_of(tutorial):
-    """basics/plot_ensembling, of a path."""
-    return tutorial.relative_to(ROOT / "tutorials").with_suffix("").as_posix()
+SELECTED = set()  # pages that tests of one topic need; empty if they need the site
 
 
-OUTSIDE = str(Path(__file__).parent / "outside")
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name == LAST)
+    with_site = [item for item in items if "site" in item.fixturenames]
+    parameters = [getattr(item, "callspec", None) for item in with_site]
+    if all(parameters):
+        topics = [str(next(iter(each.params.values()))) for each in parameters]
+        SELECTED.update(Path(topic).stem for topic in topics)
 
 
 def environment(**changes):
-    """Environment in which tutorials measure briefly and no display is to be had.
-
-    Tests run side by side, so a thread that waits leaves its core to others.
-    """
+    """Environment in which tutorials measure briefly and no display is to be had."""
     display = {"DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"}
     plain = {key: value for key, value in os.environ.items() if key not in display}
-    return plain | {"PYTHONPATH": OUTSIDE, "OMP_WAIT_POLICY": "PASSIVE"} | changes
+    return plain | {"PYTHONPATH": OUTSIDE, "OMP_NUM_THREADS": str(THREADS)} | changes
 
 
 def run(*command, cwd, **changes):
@@ -75,6 +78,20 @@ def nox(*arguments, cwd, **changes):
     return run(sys.executable, "-m", "nox", "-s", *arguments, cwd=cwd, **changes)
 
 
+# --- the tutorials and their site -------------------------------------------------
+
+
+def name_of(tutorial):
+    """basics/plot_ensembling, of a path."""
+    return tutorial.relative_to(runner.TUTORIALS).with_suffix("").as_posix()
+
+
+@pytest.fixture(params=TUTORIALS, ids=name_of)
+def tutorial(request):
+    """Every tutorial in turn. A new one joins by existing."""
+    return request.param
+
+
 def copy_repository(target, without=()):
     """Copy what git would commit, except what starts with the names in without."""
     listed = subprocess.run(
@@ -91,12 +108,62 @@ def copy_repository(target, without=()):
     return target
 
 
+GPU = "Imaginary GPU"
+MACHINE = {
+    "accelerator": GPU,
+    "count": 1,
+    "memory": 80,
+    "cpu": "Imaginary CPU",
+    "cores": 16,
+    "driver": "1.2.3",
+    "cuda": "13.0",
+    "torch": "2.11.0",
+    "python": "3.12.1",
+    "date": "2026-01-02",
+}
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><title>A line</title>'
+    '<defs/><path d="M0 0L4 3" style="stroke: currentColor"/></svg>'
+)
+
+
+def imagine(site, page, machine=MACHINE, folder="gpu", say="from the imaginary GPU\n"):
+    """Write the recording of a page of a site on a machine that does not exist.
+
+    Every cell prints the same; one that draws shows a line. Returns its path.
+    """
+    cells = runner.split((site / "tutorials" / f"{page}.py").read_text())
+    outputs = {
+        number: (say, [(SVG, f"A line, {folder}")] if runner.draws(cell.code) else [])
+        for number, cell in enumerate(cells)
+    }
+    path = site / "recordings" / folder / f"{page}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(runner.notebook(cells, outputs, machine, 1.5), indent=1))
+    return path
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """A copy of the repository in which ``make html`` has run, measuring briefly."""
-    copy = copy_repository(tmp_path_factory.mktemp("site"))
-    done = nox("html", cwd=copy)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """A copy of the repository, recorded on an imaginary GPU, where ``make html`` ran.
+
+    The processes of a test run share it: the first one to come builds it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if WORKERS > 1 else shared) / "site"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copy, done = shared / "copy", shared / "done.json"
+        if not done.exists():
+            copy_repository(copy)
+            for tutorial in TUTORIALS:
+                imagine(copy, name_of(tutorial))
+            pattern = "|".join(sorted(SELECTED))
+            built = nox("html", "--", *[pattern] * bool(pattern), cwd=copy)
+            done.write_text(json.dumps([built.returncode, built.stdout + built.stderr]))
+        status, output = json.loads(done.read_text())
+    assert status == 0, output
     return copy
 
 
@@ -106,14 +173,7 @@ def html(site):
     return site / "_build" / "html"
 
 
-@pytest.fixture(params=TUTORIALS, ids=name_of)
-def tutorial(request):
-    """Every tutorial in turn. A new one joins by existing."""
-    return request.param
-
-
-# These tutorials measure nothing, so no change from outside is needed.
-small_nox = functools.partial(nox, PYTHONPATH="")
+# --- small made-up sites ----------------------------------------------------------
 
 SMALL_TUTORIAL = '''"""
 {title}
@@ -140,75 +200,52 @@ def write_tutorial(site, name, code="", label=LABEL):
     """Write a tutorial of one code cell into a small site."""
     path = site / "tutorials" / "basics" / f"plot_{name}.py"
     path.write_text(SMALL_TUTORIAL.format(title=name, code=code, label=label))
+    return path
+
+
+def make_small(folder):
+    """Copy the repository with two small tutorials in place of its own."""
+    site = copy_repository(folder, ["tutorials/", "recordings/", "index.rst"])
+    for name in ["tutorials", "tutorials/basics"]:
+        (site / name).mkdir(parents=True)
+        (site / name / "GALLERY_HEADER.rst").write_text("Title\n=====\n\nText.\n")
+    for name in ["alpha", "beta"]:
+        write_tutorial(site, name)
+    (site / "index.rst").write_text(
+        "Small\n=====\n\nHere is text.\n\n"
+        ".. tutorial-figure:: basics/plot_alpha 1\n\n"
+        ".. toctree::\n\n   auto_tutorials/index\n"
+    )
+    return site
+
+
+def build(site, *options):
+    """Build a small site as ``make html`` does, in a warm process."""
+    return warm.build(
+        site, [*noxfile.sphinx_options("html"), *options, ".", "_build/html"]
+    )
+
+
+def page(site, name):
+    """The built page of a small tutorial."""
+    path = site / "_build" / "html" / "auto_tutorials" / "basics" / f"plot_{name}.html"
+    return path.read_text()
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A copy of the repository with two small tutorials in place of its own."""
     return make_small(tmp_path / "site")
 
 
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory):
-    """A small site on which ``make html`` has run."""
     site = make_small(tmp_path_factory.mktemp("built") / "site")
-    done = small_nox("html", cwd=site)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = build(site)
+    assert done.returncode == 0, done.output
     return site
 
 
 @pytest.fixture
 def built(built_once, tmp_path):
-    """A copy of that site for a test to change."""
+    """A small site that is built, for a test to change."""
     return shutil.copytree(built_once, tmp_path / "site")
-
-
-def make_small(folder):
-    """Make the site of the fixture small in a folder; its path is returned."""
-    site = copy_repository(folder, ["tutorials/", "recordings/"])
-    (site / "tutorials" / "basics").mkdir(parents=True)
-    for folder in ["tutorials", "tutorials/basics"]:
-        (site / folder / "GALLERY_HEADER.rst").write_text("Title\n=====\n\nText.\n")
-    (site / "index.rst").write_text(
-        "Index\n=====\n\n.. tutorial-figure:: basics/plot_alpha 1\n\n"
-        ".. toctree::\n\n   auto_tutorials/index\n"
-    )
-    write_tutorial(site, "alpha")
-    write_tutorial(site, "beta")
-    return site
-
-
-def page(site, name):
-    """HTML of one of the small tutorials."""
-    path = site / "_build" / "html" / "auto_tutorials" / "basics" / f"plot_{name}.html"
-    return path.read_text()
-
-
-MACHINE = {
-    "accelerator": "Imaginary GPU",
-    "memory": 80,
-    "cpu": "Imaginary CPU",
-    "cores": 16,
-    "driver": "1.2.3",
-    "cuda": "13.0",
-    "torch": "2.11.0",
-    "python": "3.12.1",
-    "date": "2026-01-02",
-}
-
-
-def imagine_machine(site, tutorial, texts):
-    """Record a tutorial as MACHINE's, from this machine's own recording.
-
-    The outputs are the same but for the cells named in texts: {number: text}.
-    """
-    root = site / "recordings"
-    (own,) = [path for path in root.iterdir() if path.name != "gpu"]
-    cells = []
-    own_cells = recording_files.load_tutorial(own / tutorial)["cells"]
-    for number, cell in enumerate(own_cells, 1):
-        outputs = [output[:2] for output in cell["outputs"]]
-        if number in texts:
-            outputs = [("text", texts[number])]
-        cells.append((cell["code"], outputs))
-    recording_files.save_tutorial(root, "gpu", tutorial, MACHINE, 1.0, cells)

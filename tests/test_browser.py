@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import TUTORIALS, imagine_machine, name_of, nox
+from conftest import GPU, TUTORIALS, name_of
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
@@ -29,24 +29,10 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def recorded_html(site, tmp_path_factory):
-    """The real pages, with recordings of this machine and of an imaginary GPU."""
-    copy = shutil.copytree(site, tmp_path_factory.mktemp("recorded") / "site")
-    shutil.rmtree(copy / "recordings", ignore_errors=True)
-    assert nox("record", cwd=copy).returncode == 0
-    different = dict.fromkeys(range(1, 40, 3), "from the imaginary GPU\n" * 9)
-    for tutorial in TUTORIALS:
-        imagine_machine(copy, name_of(tutorial), different)
-    done = nox("html", cwd=copy)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return copy / "_build" / "html"
-
-
-@pytest.fixture(scope="session")
-def addresses(html, recorded_html):
-    """Addresses on this machine: of the site, and of the site with recordings."""
-    with serve(html) as plain, serve(recorded_html) as recorded:
-        yield {"plain": plain, "recorded": recorded}
+def address(html):
+    """Address of the site on this machine."""
+    with serve(html) as address:
+        yield address
 
 
 @contextlib.contextmanager
@@ -76,12 +62,11 @@ def chromium():
 
 
 @pytest.fixture
-def visit(chromium, addresses):
+def visit(chromium, address):
     """Open a page of the site; fail on any error in it and on any other host."""
     contexts, problems = [], []
 
-    def open_page(name, width=1280, theme="light", system_theme="light", site="plain"):
-        address = addresses[site]
+    def open_page(name, width=1280, theme="light", system_theme="light"):
         context = chromium.new_context(
             viewport={"width": width, "height": 900}, color_scheme=system_theme
         )
@@ -114,31 +99,25 @@ def visit(chromium, addresses):
     assert not problems
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", PAGES)
-def test_page_fits_in_every_theme_and_width(visit, name, theme, width):
-    page = visit(f"{name}.html", width=width, theme=theme)
-    page.wait_for_selector(f"html[data-theme={theme}]")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
 def faults(page):
-    """Faults of accessibility, new ones, in a page at rest: name -> an element.
-
-    Colors that still fade into place would be taken for the final ones.
-    """
-    page.add_style_tag(content="*, ::before, ::after { transition: none !important }")
+    """Faults of accessibility, new ones: name -> an element."""
     found = Axe().run(page, options={"preload": False}).response["violations"]
     new = {fault["id"]: fault["nodes"][0]["html"] for fault in found}
     return {name: new[name] for name in new if name not in KNOWN_TO_AXE}
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
-def test_page_is_accessible(visit, name, theme):
-    page = visit(f"{name}.html", theme=theme)
-    assert not faults(page)
+def test_page_fits_and_is_accessible_in_every_theme_and_width(visit, name):
+    page = visit(f"{name}.html")
+    # Colors that still fade into place would be taken for the final ones.
+    page.add_style_tag(content="*, ::before, ::after { transition: none !important }")
+    for theme in ["light", "dark"]:
+        page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+        for width in [1280, 390]:
+            page.set_viewport_size({"width": width, "height": 900})
+            scroll = page.evaluate("document.documentElement.scrollWidth")
+            assert scroll <= width, f"{theme}: wider than {width} pixels"
+        assert not faults(page), theme
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -199,9 +178,6 @@ def test_phone_offers_the_downloads(visit):
     assert len(links) == 2, "script and notebook"
 
 
-GPU = "Imaginary GPU"
-
-
 def shown(page):
     """Label of the chosen tab of every tab set, without repetition."""
     chosen = page.locator(".machines > input:checked + label").all_inner_texts()
@@ -209,7 +185,7 @@ def shown(page):
 
 
 def test_choosing_a_machine_switches_the_whole_page_and_is_remembered(visit):
-    page = visit(f"{TUTORIAL}.html", site="recorded")
+    page = visit(f"{TUTORIAL}.html")
     assert page.locator(".machines").count() > 3
     page.locator(".machines > label", has_text=GPU).first.click()
     assert shown(page) == {GPU}
@@ -225,7 +201,7 @@ def test_choosing_a_machine_switches_the_whole_page_and_is_remembered(visit):
 
 
 def test_choosing_a_machine_with_the_keyboard(visit):
-    page = visit(f"{TUTORIAL}.html", site="recorded")
+    page = visit(f"{TUTORIAL}.html")
     first = page.locator(".machines > input:checked").first
     for _ in range(200):  # a reader walks there with the Tab key
         page.keyboard.press("Tab")
@@ -242,15 +218,21 @@ def test_choosing_a_machine_with_the_keyboard(visit):
     assert shown(page) == after
 
 
-def test_print_shows_every_machine(visit):
-    page = visit(f"{TUTORIAL}.html", site="recorded")
+def test_code_of_a_figure_is_folded_and_can_be_reached(visit):
+    page = visit(f"{TUTORIAL}.html")
+    folded = page.locator("details.figure-code").first
+    code = folded.locator("pre").first
+    assert not code.is_visible()
+    folded.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert code.is_visible()
+    assert folded.locator("button.copybtn").count() == 1
+
+
+def test_print_shows_every_machine_and_all_code(visit):
+    page = visit(f"{TUTORIAL}.html")
     page.emulate_media(media="print")
     panels = page.locator(".machines > .sd-tab-content")
     assert panels.count() > 6
     assert all(panel.is_visible() for panel in panels.all())
-
-
-def test_tabs_are_accessible_and_fit_a_phone(visit):
-    page = visit(f"{TUTORIAL}.html", site="recorded", width=390, theme="dark")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert not faults(page)
+    assert page.locator("details.figure-code pre").first.is_visible()

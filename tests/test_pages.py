@@ -7,9 +7,11 @@ import re
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
-import reading_order  # conftest puts _ext on the path
 from bs4 import BeautifulSoup
-from conftest import TUTORIALS, name_of
+from conftest import GPU, TUTORIALS, name_of
+
+import runner
+from _ext import reading_order
 
 # Names of torch that tutorials use and PyTorch's documentation has no entry for, and
 # torch.Tensor, which would make a link of every variable that holds one.
@@ -47,7 +49,7 @@ def page(html, pages, tutorial):
     return pages[html / "auto_tutorials" / f"{name_of(tutorial)}.html"]
 
 
-def test_page_really_ran(page):
+def test_page_really_ran_and_shows_its_recording(page, tutorial):
     head = page.select_one(".ran-on .line").text
     assert head.startswith("This page ran on")
     seconds = float(re.search(r"in ([\d.]+) s", head)[1])
@@ -59,6 +61,18 @@ def test_page_really_ran(page):
     assert re.search(r"\d+ cores", head)
     assert page.select(".sphx-glr-script-out"), "the page shows no output"
     assert not page.select(".highlight-pytb"), "the page shows a traceback"
+    tabs = {label.text.strip() for label in page.select(".machines > label")}
+    assert {"This build", GPU} <= tabs
+    cells = runner.split(tutorial.read_text(encoding="utf-8"))
+    folded = sum(runner.draws(cell.code) for cell in cells)
+    assert len(page.select("details.figure-code > .highlight-Python")) == folded > 0
+    assert "outputs) changed since" not in page.text
+
+
+def test_the_answer_comes_first(page):
+    """Two sentences under the title, before any code."""
+    paragraphs = [p.text for p in page.select("section > p")]
+    assert paragraphs[1].startswith("In short."), paragraphs[:3]
 
 
 def test_figures_are_small_and_have_an_alternative_text(page, html, tutorial):

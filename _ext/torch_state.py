@@ -1,12 +1,15 @@
-"""Give every tutorial the same fresh state: seeds, precision, threads, memory.
+"""Give every tutorial the same fresh torch: seeds, precision, threads, compiler.
 
 Sphinx-Gallery runs all scripts in one process and calls ``reset`` (named in
-``conf.py`` under ``reset_modules``) before and after each of them.
+``conf.py``) before and after each of them. What it needs of torch's private ways
+stands here alone.
 """
 
 import gc
+import os
 import random
 import sys
+import tempfile
 import types
 
 import numpy as np
@@ -27,6 +30,7 @@ _SWITCHES = [
     ]
 ]
 _NUM_THREADS = torch.get_num_threads()
+_compiled = None  # the folder in which the compiler keeps what it made for this page
 
 
 def reset(gallery_conf, fname):
@@ -42,14 +46,25 @@ def reset(gallery_conf, fname):
     torch.set_float32_matmul_precision("highest")  # first: it changes a switch below
     for owner, name, value in _SWITCHES:
         setattr(owner, name, value)
-    if "torch._dynamo" in sys.modules:  # not imported before the first torch.compile
+    forget_compiled()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def forget_compiled():
+    """The first call of a page is a first call: nothing compiled before is left."""
+    global _compiled
+    _compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if "torch._inductor.utils" in sys.modules:  # not imported before the first compile
+        torch._inductor.utils.clear_caches()
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
         # It keeps the first __main__ that it met. Every script has one of its own.
         torch._dynamo.symbolic_convert._import_module.cache_clear()
         for module in list(sys.modules.values()):
             if isinstance(module, types.ModuleType):
                 vars(module).pop("__import___main__", None)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

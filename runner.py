@@ -1,0 +1,754 @@
+"""Run tutorials cell by cell, with nothing but Python and what they import themselves.
+
+    python runner.py [PAGE...]          run pages, all by default, and record them
+    python runner.py --show PAGE...     run them and print their outputs; write nothing
+    python runner.py --check PAGE...    run them with warnings as errors, then with each
+                                        mistake of tests/faults/: a check notices it
+    python runner.py --table            what is recorded where, and what is outdated
+
+A recording is the executed notebook recordings/<machine>/<section>/plot_x.ipynb. It
+needs no network and nothing of this site: a bare copy of the repository will do.
+"""
+
+import argparse
+import ast
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+import types
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent
+TUTORIALS, RECORDINGS = ROOT / "tutorials", ROOT / "recordings"
+OLDEST_TORCH = (2, 11)
+MISSING = 3  # exit status where a page's own library is not installed
+
+
+# --- a page as cells --------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """What stands between two ``# %%``: prose, then code."""
+
+    heading: str  # the last one above the code; the title before the first
+    prose: str
+    code: str
+    line: int  # of the code's first line, from 1
+
+
+def split(text):
+    """Cells of a script. The docstring at its top is the prose of the first."""
+    docstring = ast.parse(text).body[0]
+    lines = text.splitlines()
+    blocks = [[docstring.value.value.splitlines(), docstring.end_lineno]]
+    for number, line in enumerate(lines[docstring.end_lineno :], docstring.end_lineno):
+        if re.match(r"# ?%%", line):
+            prose = itertools.takewhile(
+                lambda x: x.startswith("#"), lines[number + 1 :]
+            )
+            prose = [row[1:].removeprefix(" ") for row in prose]
+            blocks.append([prose, number + 1 + len(prose)])
+    ends = [start - len(prose) - 1 for prose, start in blocks[1:]] + [len(lines)]
+    cells, heading = [], ""
+    for (prose, start), end in zip(blocks, ends, strict=True):
+        for above, below in itertools.pairwise(prose):
+            if above.strip() and re.fullmatch(r"([-=~^])\1{2,}", below.strip()):
+                heading = above.strip()
+        while start < end and not lines[start].strip():
+            start += 1
+        code = "\n".join(lines[start:end]).rstrip()
+        cells.append(Cell(heading, "\n".join(prose).strip(), code, start + 1))
+    return cells
+
+
+def code_of(cells):
+    """Code of the cells that have any, as lists of lines without blanks at the end."""
+    return [
+        [line.rstrip() for line in cell.code.splitlines()]
+        for cell in cells
+        if cell.code
+    ]
+
+
+def draws(code):
+    """Whether a cell draws a figure: every figure says fig.set_label(...)."""
+    return ".set_label(" in code
+
+
+# --- figures ----------------------------------------------------------------------
+
+INK_LIGHT, INK_DARK = "#1f2328", "#e6edf3"
+
+# Dark enough for white, bright enough for black, apart for color-blind eyes.
+COLORS = ["#1b7fc4", "#d55e00", "#009e73", "#b5589a", "#8c6d00", "#6e7781"]
+
+STYLE = {
+    "figure.figsize": (5.6, 3.8),
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "many models, one call",  # equal figures give equal files
+} | dict.fromkeys(
+    [
+        *["text.color", "axes.labelcolor", "axes.edgecolor"],
+        *["xtick.color", "ytick.color", "grid.color"],
+    ],
+    INK_LIGHT,
+)
+
+THEME = (
+    f"<style>svg {{ color: {INK_LIGHT} }} "
+    f"@media (prefers-color-scheme: dark) {{ svg {{ color: {INK_DARK} }} }}</style>"
+)
+
+
+def set_style():
+    """Give all figures the look of the site; scripts style nothing."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update(STYLE | {"axes.prop_cycle": mpl.cycler(color=COLORS)})
+
+
+def take_figures(where):
+    """Close all open figures; return each as (SVG, alternative text).
+
+    Its text stays text, its ink is the color of the reader's text. Raises ValueError,
+    with ``where`` in it, for a figure that its author did not describe.
+    """
+    import matplotlib.pyplot as plt
+
+    figures = [plt.figure(number) for number in plt.get_fignums()]
+    plt.close("all")
+    taken = []
+    for figure in figures:
+        alt = " ".join(figure.get_label().split())
+        if not alt:
+            raise ValueError(
+                f"{where}: this cell draws a figure without alternative text. "
+                "Say what it shows: fig.set_label('...')"
+            )
+        buffer = io.StringIO()
+        metadata = {"Title": alt, "Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", metadata=metadata)
+        svg = buffer.getvalue().replace(INK_LIGHT, "currentColor")
+        taken.append((svg.replace("<defs>", THEME + "<defs>", 1), alt))
+    return taken
+
+
+# --- this machine -----------------------------------------------------------------
+
+
+def first_line(*command):
+    """First line that a command prints, or None where it is missing or fails."""
+    if not shutil.which(command[0]):
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip().split("\n")[0] or None if not done.returncode else None
+
+
+@functools.cache
+def processor():
+    """Name of the processor, as the system gives it; many ARM chips have numbers."""
+    if platform.system() == "Darwin":
+        return first_line("sysctl", "-n", "machdep.cpu.brand_string")
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    numbers = re.findall(r"^CPU (?:implementer|part)\s*:\s*(\S+)$", text, re.MULTILINE)
+    known = " ".join([platform.machine(), *sorted(set(numbers))])
+    return name[1] if name else known if numbers else platform.processor() or known
+
+
+def this_machine():
+    """Who this machine is: hardware, versions, date; None for what it has not."""
+    import torch
+
+    accelerator = memory = driver = None
+    count = 0
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        accelerator, count = device.type, torch.accelerator.device_count()
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            accelerator = properties.name
+            memory = round(properties.total_memory / 2**30)  # GiB
+            query = ["--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = first_line("nvidia-smi", *query)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "accelerator": accelerator,
+        "count": count,
+        "memory": memory,
+        "cpu": processor(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "driver": driver,
+        "cuda": torch.version.cuda if accelerator else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def hardware(machine):
+    """What makes two machines the same: of a GPU the host does not count."""
+    keys = (
+        ("accelerator", "count", "memory")
+        if machine["accelerator"]
+        else ("cpu", "cores")
+    )
+    return {key: machine[key] for key in keys}
+
+
+def short_name(machine):
+    """What a tab says: NVIDIA H200, 2 x NVIDIA H200, AMD EPYC, 2 cores."""
+    if not machine["accelerator"]:
+        return f"{machine['cpu']}, {machine['cores']} cores"
+    many = f"{machine['count']} x " if machine["count"] > 1 else ""
+    return many + machine["accelerator"]
+
+
+def folder_name(machine):
+    """Folder of a machine's recordings: nvidia-h100-80gb-hbm3, intel-xeon-2-cores."""
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*ghz", " ", short_name(machine).lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def describe(machine):
+    """One line that says on what a page ran, and when."""
+    where = f"{machine['cpu']}, {machine['cores']} cores"
+    if machine["accelerator"]:
+        memory = machine["memory"] and f"{machine['memory']} GiB"
+        driver = machine["driver"] and f"driver {machine['driver']}"
+        known = [detail for detail in [short_name(machine), memory, driver] if detail]
+        where = f"{', '.join(known)} in {where}"
+    versions = f"torch {machine['torch']}, Python {machine['python']}"
+    return f"{where}; {versions}; {machine['date']}"
+
+
+# --- running ----------------------------------------------------------------------
+
+
+def run(page, cells, before=lambda number: None):
+    """Run cells as ``__main__``; yield (number, printed text, figures) after each.
+
+    ``before(number)`` is called in the same state as the cell that follows.
+    """
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    for number, cell in enumerate(cells):
+        if not cell.code:
+            continue
+        before(number)
+        code = "\n" * (cell.line - 1) + cell.code
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, str(page), "exec", dont_inherit=True), vars(main))
+        yield number, printed.getvalue(), take_figures(f"{page}:{cell.line}")
+
+
+@contextlib.contextmanager
+def empty_folder():
+    """Work in an empty folder, with nothing compiled yet; yield what is left in it."""
+    home, left = Path.cwd(), []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(scratch, "compiled"))
+        work = Path(scratch, "empty")
+        work.mkdir()
+        os.chdir(work)
+        try:
+            yield left
+            left += sorted(path.name for path in work.iterdir())
+        finally:
+            os.chdir(home)
+
+
+def show(page):
+    """Print what each cell prints and draws."""
+    cells = split(page.read_text(encoding="utf-8"))
+    with empty_folder():
+        for number, printed, figures in run(page, cells):
+            print(f"--- line {cells[number].line}: {cells[number].heading}")
+            print(
+                printed, *(f"[figure: {alt}]\n" for _, alt in figures), sep="", end=""
+            )
+
+
+# --- recording --------------------------------------------------------------------
+
+
+def markdown(prose):
+    """Prose of a script, which is reStructuredText, as a notebook shows it."""
+    prose = re.sub(r"`([^`<]+?)\s*<([^>]+)>`__?", r"[\1](\2)", prose)
+    prose = re.sub(r":math:`([^`]+)`", r"$\1$", prose)
+    prose = re.sub(r"^\.\. (note|warning)::", r"**\1:**", prose, flags=re.MULTILINE)
+    block = r"^\.\. (?:math|code-block)::.*\n\n?((?:[ ]+.*\n?|\n)+)"
+
+    def fenced(found):
+        fence = ("$$", "$$") if found[0].startswith(".. math") else ("```", "```")
+        lines = [
+            line.strip() if fence[0] == "$$" else line for line in found[1].split("\n")
+        ]
+        return "\n".join([fence[0], *filter(str.strip, lines), fence[1], "", ""])
+
+    return re.sub(block, fenced, prose + "\n", flags=re.MULTILINE).strip()
+
+
+def notebook(cells, outputs, machine, seconds):
+    """The executed notebook. outputs: {number of a cell: (text, figures)}."""
+    content = []
+    for number, cell in enumerate(cells):
+        if cell.prose:
+            source = markdown(cell.prose).splitlines(keepends=True)
+            content.append({"cell_type": "markdown", "metadata": {}, "source": source})
+        if not cell.code:
+            continue
+        printed, figures = outputs[number]
+        shown = [
+            {
+                "output_type": "display_data",
+                "data": {
+                    "image/svg+xml": svg.splitlines(keepends=True),
+                    "text/plain": [alt],
+                },
+                "metadata": {},
+            }
+            for svg, alt in figures
+        ]
+        if printed:
+            text = printed.splitlines(keepends=True)
+            shown.append({"output_type": "stream", "name": "stdout", "text": text})
+        content.append(
+            {
+                "cell_type": "code",
+                "execution_count": None,
+                "metadata": {"jupyter": {"source_hidden": True}}
+                if draws(cell.code)
+                else {},
+                "source": cell.code.splitlines(keepends=True),
+                "outputs": shown,
+            }
+        )
+    return {
+        "nbformat": 4,
+        "nbformat_minor": 4,
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "Python 3"},
+            "language_info": {"name": "python"},
+            "machine": machine,
+            "seconds": round(seconds, 1),
+        },
+        "cells": content,
+    }
+
+
+def recorded_code(recording):
+    """Code cells of a recording, in the form of ``code_of``."""
+    return [
+        [line.rstrip() for line in "".join(cell["source"]).splitlines()]
+        for cell in recording["cells"]
+        if cell["cell_type"] == "code"
+    ]
+
+
+def current(recording, cells):
+    """How many code cells of a page the recording still holds for.
+
+    A cell's outputs belong to its code and to all code before it, so they are current
+    up to the first cell that differs.
+    """
+    pairs = zip(recorded_code(recording), code_of(cells), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def record(page, name):
+    """Run a page and write its recording, whole or not at all."""
+    start = time.perf_counter()
+    cells = split(page.read_text(encoding="utf-8"))
+    with empty_folder():
+        outputs = {number: output for number, *output in run(page, cells)}
+    seconds = time.perf_counter() - start
+    machine = this_machine()
+    folder = RECORDINGS / (name or folder_name(machine))
+    for other in folder.glob("*/*.ipynb"):
+        owner = json.loads(other.read_text(encoding="utf-8"))["metadata"]["machine"]
+        if hardware(owner) != hardware(machine):
+            sys.exit(
+                f"{folder.name} is the name of another machine ({describe(owner)}). "
+                "Give this one a name of its own: --machine NAME"
+            )
+    target = folder / page.relative_to(TUTORIALS).with_suffix(".ipynb")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_suffix(".new")
+    content = notebook(cells, outputs, machine, seconds)
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, target)
+    print(f"{target.relative_to(ROOT)}, {seconds:.1f} s")
+
+
+def table():
+    """Print page by machine: current, outdated, missing; and recordings of no page."""
+    machines = sorted(path.name for path in RECORDINGS.glob("*") if path.is_dir())
+    names = {path.relative_to(TUTORIALS).with_suffix("") for path in all_pages()}
+    gone = {
+        path.relative_to(RECORDINGS / machine).with_suffix("")
+        for machine in machines
+        for path in (RECORDINGS / machine).glob("*/*.ipynb")
+    } - names
+    rows = [["page", *machines]]
+    for name in sorted(names | gone):
+        row = [name.as_posix()]
+        for machine in machines:
+            path = RECORDINGS / machine / name.with_suffix(".ipynb")
+            if not path.exists():
+                row.append("" if name in gone else "missing")
+            elif name in gone:
+                row.append("page is gone: git rm it")
+            else:
+                text = (TUTORIALS / name.with_suffix(".py")).read_text(encoding="utf-8")
+                recording, cells = (
+                    json.loads(path.read_text(encoding="utf-8")),
+                    split(text),
+                )
+                number, total = current(recording, cells), len(code_of(cells))
+                same = number == total == len(recorded_code(recording))
+                row.append("current" if same else f"outdated from cell {number + 1}")
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+# --- checking: every assertion can fail -------------------------------------------
+
+
+def assertions(cells):
+    """Assertions of a page: {(cell, how many before it in the cell): (line, last)}."""
+    found = {}
+    for number, cell in enumerate(cells):
+        lines = []
+        for node in ast.walk(ast.parse("\n" * (cell.line - 1) + cell.code)):
+            called = node.func if isinstance(node, ast.Call) else None
+            raised = getattr(node, "exc", None) if isinstance(node, ast.Raise) else None
+            name = getattr(called, "attr", getattr(called, "id", ""))
+            raises = (
+                getattr(getattr(raised, "func", raised), "id", "") == "AssertionError"
+            )
+            if isinstance(node, ast.Assert) or name == "assert_close" or raises:
+                lines.append((node.lineno, node.end_lineno))
+        found |= {(number, i): span for i, span in enumerate(sorted(lines))}
+    return found
+
+
+def with_fault(cells, fault):
+    """The cells with a fault in them, and the number of the cell where it begins.
+
+    Raises ValueError where the fault does not fit the page.
+    """
+    under = fault.get("under")
+    places = [
+        i for i, cell in enumerate(cells) if cell.code and under in (None, cell.heading)
+    ]
+    if not places:
+        raise ValueError(f"there is no code under a heading {under!r}")
+    if "library" in fault:
+        return cells, places[0]
+    places = [i for i in places for _ in range(cells[i].code.count(fault["old"]))]
+    if len(places) != 1:
+        raise ValueError(f"{fault['old']!r} stands {len(places)} times under {under!r}")
+    (place,) = places
+    code = cells[place].code.replace(fault["old"], fault["new"])
+    edited = [*cells[:place], cells[place]._replace(code=code), *cells[place + 1 :]]
+    if assertions(edited).keys() != assertions(cells).keys():
+        raise ValueError("it adds an assertion or takes one away")
+    return edited, place
+
+
+def break_vmap(fault, main):
+    """From now on ``vmap`` has a fault of its own: disturb, swap or accept."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    vmap = torch.func.vmap
+
+    def disturbed(result):
+        moves = result.is_floating_point()
+        return result * (1 + 1e-3) + 1e-3 if moves else result
+
+    def swapped(result):
+        if result.ndim == 0 or result.shape[0] < 2:
+            return result
+        return torch.cat([result[1:2], result[:1], result[2:]])
+
+    change = {"disturb": disturbed, "swap": swapped, "accept": lambda result: result}[
+        fault
+    ]
+
+    def broken_vmap(function, *options, **more):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            try:
+                result = vmap(function, *options, **more)(*args, **kwargs)
+            except (RuntimeError, ValueError):
+                if fault == "accept":
+                    return None
+                raise
+            return tree_map_only(torch.Tensor, change, result)
+
+        return call
+
+    torch.vmap = torch.func.vmap = broken_vmap
+    for name in [name for name, value in vars(main).items() if value is vmap]:
+        setattr(main, name, broken_vmap)
+
+
+def shorten_measurements(measured):
+    """Let every Timer measure one run, or none: then each takes a millisecond."""
+    from torch.utils.benchmark import Measurement, Timer
+
+    def one_run(timer, *args, **options):
+        seconds = timer._timeit(1) if measured else 1e-3
+        return Measurement(1, [seconds], timer._task_spec)
+
+    Timer.timeit = Timer.blocked_autorange = Timer.adaptive_autorange = one_run
+
+
+def outcome(page, cells, first, fault):
+    """Run on from cell ``first``: which assertion fails, and what it says."""
+    import torch
+
+    torch.set_num_threads(1)  # the other threads did not survive the fork
+    shorten_measurements(measured=False)
+    main = sys.modules["__main__"]
+    if "library" in fault:
+        break_vmap(fault["library"], main)
+    try:
+        for cell in cells[first:]:
+            code = "\n" * (cell.line - 1) + cell.code
+            exec(compile(code, str(page), "exec", dont_inherit=True), vars(main))
+    except AssertionError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame.lineno for frame in frames if frame.filename == str(page)]
+        of_torch = "torch/testing/" in Path(frames[-1].filename).as_posix()
+        if of_torch or frames[-1].filename == str(page):
+            for key, (start, end) in assertions(cells).items():
+                if start <= own[-1] <= end:
+                    return [key, str(error)]
+        return [
+            None,
+            "an assertion of a library, not of the page:\n" + traceback.format_exc(),
+        ]
+    except Exception:
+        return [None, "another error comes first:\n" + traceback.format_exc()]
+    return [None, "no assertion notices it"]
+
+
+def in_a_child(function, seconds=120):
+    """What function() returns, from a forked process: this one stays as it is."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads: the child uses one
+        child = os.fork()
+    if not child:
+        try:
+            sys.stdout = io.StringIO()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            with open(writing, "w", encoding="utf-8") as pipe:
+                json.dump(function(), pipe)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    content, until = b"", time.monotonic() + seconds
+    while select.select([reading], [], [], max(0, until - time.monotonic()))[0]:
+        part = os.read(reading, 65536)
+        content += part
+        if not part:
+            break
+    else:
+        content = json.dumps([None, f"it did not end within {seconds} s"]).encode()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    return json.loads(content) if content else [None, "the process died"]
+
+
+GENERIC = [
+    {"mistake": "vmap's results are off by 1e-3", "library": "disturb"},
+    {"mistake": "vmap exchanges the first two members", "library": "swap"},
+]
+
+
+def faults_of(page):
+    """The mistakes that a page's checks must notice: its own and the generic ones."""
+    file = ROOT / "tests" / "faults" / page.relative_to(TUTORIALS).with_suffix(".toml")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return GENERIC + tomllib.loads(text).get("fault", [])
+
+
+def check(page, faults):
+    """Run a page, and every fault of it in a child; return what is wrong, as lines."""
+    warnings.simplefilter("error")
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its helpers survive no fork
+    cells = split(page.read_text(encoding="utf-8"))
+    problems, noticed, starts = [], set(), {}
+    for fault in faults:
+        try:
+            edited, place = with_fault(cells, fault)
+            starts.setdefault(place, []).append((fault, edited))
+        except (ValueError, SyntaxError) as problem:
+            problems.append(f"'{fault['mistake']}' does not fit the page: {problem}")
+
+    def try_faults(number):
+        for fault, edited in starts.get(number, ()):
+            start = time.perf_counter()
+            key, says = in_a_child(
+                lambda e=edited, f=fault: outcome(page, e, number, f)
+            )
+            good = key is not None and fault.get("says", "") in says
+            if good:
+                noticed.add(tuple(key))
+            else:
+                wanted = f"an assertion of the page that says {fault.get('says', '')!r}"
+                problems.append(f"'{fault['mistake']}': wanted {wanted}, got: {says}")
+            word, seconds = (
+                "noticed" if good else "MISSED ",
+                time.perf_counter() - start,
+            )
+            print(f"{word}  {seconds:4.1f} s  {fault['mistake']}")
+
+    import torch
+
+    forks = hasattr(os, "fork") and not torch.accelerator.is_available()
+    if not forks:
+        print("faults are skipped: a process cannot be forked here")
+    shorten_measurements(measured=True)
+    with empty_folder() as left:
+        for _ in run(page, cells, *[try_faults] * forks):
+            pass
+    if left:
+        problems.append(f"the page leaves files behind: {left}")
+    file = f"tests/faults/{page.parent.name}/{page.stem}.toml"
+    for key, (line, _) in assertions(cells).items() if forks else ():
+        if key not in noticed:
+            lacks = (
+                f"no fault makes this assertion fail; a reader's mistake for {file}?"
+            )
+            problems.append(f"{page}:{line}: {lacks}")
+    return problems
+
+
+# --- the command ------------------------------------------------------------------
+
+
+def all_pages():
+    return sorted(TUTORIALS.rglob("plot_*.py"))
+
+
+def named(name):
+    """The page of a path, or of a part of its name."""
+    found = [page for page in all_pages() if page == Path(name).resolve()]
+    found = found or [page for page in all_pages() if name in page.as_posix()]
+    if not found:
+        known = "\n  ".join(
+            page.relative_to(TUTORIALS).as_posix() for page in all_pages()
+        )
+        sys.exit(f"no tutorial is named {name}. There are:\n  {known}")
+    return found
+
+
+def torch_trouble():
+    """What is wrong with the installed torch, in one line; None if nothing is."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return f"{sys.executable} has no torch, which every page needs"
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"torch {version} is too old: pages need {oldest} or newer"
+    return None
+
+
+def run_one(page, options):
+    """Do in this process what the options ask for; return the exit status."""
+    try:
+        set_style()
+        if options.check:
+            problems = check(page, faults_of(page))
+            print(*problems or [f"{page.stem}: every check can fail"], sep="\n")
+            return bool(problems)
+        show(page) if options.show else record(page, options.machine)
+    except ModuleNotFoundError as missing:
+        print(
+            f"skipped {page.stem}: it needs {missing.name}, which is not installed here"
+        )
+        return MISSING
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "pages", nargs="*", metavar="PAGE", help="path or part of a name"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--show", action="store_true", help="print outputs, write nothing"
+    )
+    mode.add_argument("--check", action="store_true", help="try the page's faults")
+    mode.add_argument("--table", action="store_true", help="what is recorded where")
+    parser.add_argument("--machine", help="name of the folder in recordings/")
+    options = parser.parse_args()
+    if options.machine and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", options.machine):
+        parser.error(
+            f"--machine {options.machine}: use small letters, digits and hyphens"
+        )
+    if options.table:
+        table()
+        return 0
+    if trouble := torch_trouble():
+        sys.exit(trouble)
+    pages = [page for name in options.pages for page in named(name)] or all_pages()
+    if len(pages) == 1:
+        return run_one(pages[0], options)
+    # A process for each page: none meets what another one left.
+    flags = [f"--{flag}" for flag in ("show", "check") if getattr(options, flag)]
+    flags += ["--machine", options.machine] if options.machine else []
+    failed = []
+    for number, page in enumerate(pages, 1):
+        print(f"[{number}/{len(pages)}] {page.relative_to(ROOT)}", flush=True)
+        command = [sys.executable, __file__, *flags, str(page)]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(page.stem)
+    if failed:
+        print(
+            f"{len(failed)} of {len(pages)} pages did not succeed: {', '.join(failed)}"
+        )
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
