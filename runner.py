@@ -384,22 +384,33 @@ def current(recording, cells):
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def read_recording(path):
+    """A recording as a dictionary; None where it is damaged."""
+    try:
+        recording = json.loads(path.read_text(encoding="utf-8"))
+        hardware(recording["metadata"]["machine"])
+        recorded_code(recording)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return recording
+
+
 def record(page, name):
     """Run a page and write its recording, whole or not at all."""
-    start = time.perf_counter()
-    cells = split(page.read_text(encoding="utf-8"))
-    with empty_folder():
-        outputs = {number: output for number, *output in run(page, cells)}
-    seconds = time.perf_counter() - start
     machine = this_machine()
     folder = RECORDINGS / (name or folder_name(machine))
-    for other in folder.glob("*/*.ipynb"):
-        owner = json.loads(other.read_text(encoding="utf-8"))["metadata"]["machine"]
+    for other in filter(None, map(read_recording, folder.glob("*/*.ipynb"))):
+        owner = other["metadata"]["machine"]
         if hardware(owner) != hardware(machine):
             sys.exit(
                 f"{folder.name} is the name of another machine ({describe(owner)}). "
                 "Give this one a name of its own: --machine NAME"
             )
+    start = time.perf_counter()
+    cells = split(page.read_text(encoding="utf-8"))
+    with empty_folder():
+        outputs = {number: output for number, *output in run(page, cells)}
+    seconds = time.perf_counter() - start
     target = folder / page.relative_to(TUTORIALS).with_suffix(".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_suffix(".new")
@@ -409,34 +420,34 @@ def record(page, name):
     print(f"{target.relative_to(ROOT)}, {seconds:.1f} s")
 
 
+def state(page, path):
+    """What a recording of a page is now: current, outdated, missing, damaged, gone."""
+    if not path.exists():
+        return "missing" if page.exists() else ""
+    if not page.exists():
+        return "page is gone: git rm it"
+    recording = read_recording(path)
+    if recording is None:
+        return "damaged: record again"
+    cells = split(page.read_text(encoding="utf-8"))
+    number = current(recording, cells)
+    if number == len(code_of(cells)) == len(recorded_code(recording)):
+        return "current"
+    return f"outdated from cell {number + 1}"
+
+
 def table():
-    """Print page by machine: current, outdated, missing; and recordings of no page."""
-    machines = sorted(path.name for path in RECORDINGS.glob("*") if path.is_dir())
-    names = {path.relative_to(TUTORIALS).with_suffix("") for path in all_pages()}
-    gone = {
-        path.relative_to(RECORDINGS / machine).with_suffix("")
-        for machine in machines
-        for path in (RECORDINGS / machine).glob("*/*.ipynb")
-    } - names
-    rows = [["page", *machines]]
-    for name in sorted(names | gone):
-        row = [name.as_posix()]
-        for machine in machines:
-            path = RECORDINGS / machine / name.with_suffix(".ipynb")
-            if not path.exists():
-                row.append("" if name in gone else "missing")
-            elif name in gone:
-                row.append("page is gone: git rm it")
-            else:
-                text = (TUTORIALS / name.with_suffix(".py")).read_text(encoding="utf-8")
-                recording, cells = (
-                    json.loads(path.read_text(encoding="utf-8")),
-                    split(text),
-                )
-                number, total = current(recording, cells), len(code_of(cells))
-                same = number == total == len(recorded_code(recording))
-                row.append("current" if same else f"outdated from cell {number + 1}")
-        rows.append(row)
+    """Print the state of every recording: a line for each page, a column a machine."""
+    machines = sorted(path for path in RECORDINGS.glob("*") if path.is_dir())
+    pages = {path.relative_to(TUTORIALS).with_suffix("") for path in all_pages()}
+    for machine in machines:
+        found = machine.glob("*/*.ipynb")
+        pages |= {path.relative_to(machine).with_suffix("") for path in found}
+    rows = [["page", *(machine.name for machine in machines)]]
+    for page in sorted(pages):
+        script = (TUTORIALS / page).with_suffix(".py")
+        paths = [(machine / page).with_suffix(".ipynb") for machine in machines]
+        rows.append([page.as_posix(), *(state(script, path) for path in paths)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

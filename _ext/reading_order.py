@@ -8,6 +8,7 @@ ORDER = [
     "plot_memory.py",
     "plot_training.py",
     "plot_hyperparameter_sweep.py",
+    "plot_population.py",
     "plot_state.py",
     "plot_saving.py",
 ]

@@ -24,6 +24,7 @@ OUTSIDE = str(Path(__file__).parent / "outside")
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 THREADS = max(1, len(os.sched_getaffinity(0)) // WORKERS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before anything imports torch
 WITH_SITE = ("test_browser.py", "test_pages.py")  # one process, one built site
 LAST = "test_notebooks.py"  # they need the site, too, and wait for it
 
@@ -57,7 +58,7 @@ def environment(**changes):
     """Environment in which tutorials measure briefly and no display is to be had."""
     display = {"DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"}
     plain = {key: value for key, value in os.environ.items() if key not in display}
-    return plain | {"PYTHONPATH": OUTSIDE, "OMP_NUM_THREADS": str(THREADS)} | changes
+    return plain | {"PYTHONPATH": OUTSIDE} | changes
 
 
 def run(*command, cwd, **changes):
@@ -121,9 +122,10 @@ MACHINE = {
     "python": "3.12.1",
     "date": "2026-01-02",
 }
+ALT = "A rising line, which no machine drew, made up for the tests of this site."
 SVG = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><title>A line</title>'
-    '<defs/><path d="M0 0L4 3" style="stroke: currentColor"/></svg>'
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><title>{ALT}</title>'
+    f'{runner.THEME}<defs/><path d="M0 3L4 0" style="stroke: currentColor"/></svg>'
 )
 
 
@@ -134,7 +136,7 @@ def imagine(site, page, machine=MACHINE, folder="gpu", say="from the imaginary G
     """
     cells = runner.split((site / "tutorials" / f"{page}.py").read_text())
     outputs = {
-        number: (say, [(SVG, f"A line, {folder}")] if runner.draws(cell.code) else [])
+        number: (say, [(SVG, ALT)] if runner.draws(cell.code) else [])
         for number, cell in enumerate(cells)
     }
     path = site / "recordings" / folder / f"{page}.ipynb"

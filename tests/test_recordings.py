@@ -263,6 +263,14 @@ def test_name_of_another_machine_is_refused(site):
     assert "use small letters" in done.stderr
 
 
+def test_damaged_recording_is_told_and_can_be_made_again(site):
+    path = imagine(site, "basics/plot_beta", runner.this_machine(), "here")
+    path.write_text(path.read_text()[:200])
+    assert "damaged: record again" in record(site, "--table").stdout
+    assert record(site, "plot_beta", "--machine", "here").returncode == 0
+    assert re.search("plot_beta +missing +current", record(site, "--table").stdout)
+
+
 def test_interrupted_recording_leaves_the_former_one(site, tmp_path):
     path = imagine(site, "basics/plot_beta", runner.this_machine(), "here")
     before = path.read_bytes()
