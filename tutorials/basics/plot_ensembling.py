@@ -2,78 +2,48 @@
 An ensemble of CNNs in one vectorized call
 ==========================================
 
-Run ten convolutional networks of one architecture as a single call to
-``torch.func.vmap``, prove that the result equals a loop over the models, and
-measure on your own machine whether the single call is faster.
+Run ten convolutional networks of one architecture as a single call of
+``torch.func.vmap``, check that it returns what a loop over the models returns, and
+measure which of the two is faster on your machine.
 
-**What you will learn**
+**In short.** ``stack_module_state`` puts the parameters of all models into one set of
+tensors, a row for each model; ``vmap`` runs the forward pass of one model for all rows
+at once, on its own minibatch or on one that all share. The result is that of the loop
+up to rounding; the speed depends on model, batch and machine.
 
-- how to stack the parameters of many models and call them all at once;
-- how one argument, ``in_dims``, decides whether every model gets its own
-  minibatch or all share one;
-- how to check that the vectorized result is right, and how exact it is;
-- why the single call wins on one machine and loses on another, and how to
-  find out which kind yours is;
-- how to turn ten predictions into one.
-
-**Before you start**, you should have trained one PyTorch model; the
-`PyTorch basics <https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`_
-are enough. No GPU is needed.
+Before you start: the `PyTorch basics
+<https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`_. You need no GPU.
 """
 
 # %%
 # Set-up
 # ------
 #
-# The end of this cell prints where the code runs. NVIDIA GPUs since 2020 compute
-# convolutions in TF32 by default: fast, but with about three decimal digits. To
-# compare results we ask for IEEE float32. This page predicts and does not train, so
-# autograd is off, for the loop and for ``vmap`` alike. All settings are put back at
-# the end.
-
-import copy
-import platform
+# NVIDIA GPUs since 2020 compute convolutions in TF32 by default, to about three decimal
+# digits. To compare results we ask for full float32 ("IEEE").
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.benchmark import Measurement, Timer
 
 torch.manual_seed(0)
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
-num_threads = torch.get_num_threads()
-device_names = {cpu: f"CPU ({platform.machine()}, {num_threads} threads)"}
-if device.type == "cuda":
-    device_names[device] = torch.cuda.get_device_name(device)
-elif device != cpu:
-    device_names[device] = device.type
-
-conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-default_precision = conv.fp32_precision, matmul.fp32_precision
-conv.fp32_precision = matmul.fp32_precision = "ieee"
-torch.set_grad_enabled(False)
-
-print(
-    f"{device_names[device]}, torch {torch.__version__}, {torch.get_default_dtype()}, "
-    f"precision {conv.fp32_precision} (convolutions) and {matmul.fp32_precision} "
-    f"(matrix products), autograd {'on' if torch.is_grad_enabled() else 'off'}"
-)
+name = torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
+print(f"{name}, torch {torch.__version__}, float32, IEEE")
 
 # %%
 # Ten models and their data
 # -------------------------
 #
-# The network is a small CNN for images of handwritten digits. It returns
-# *logits*, one unnormalized score for each of the ten classes. The members of
-# the ensemble differ in their random initialization only. The data are noise
-# in the shape of MNIST: 100 minibatches of 64 gray images. Neither speed nor
-# equality depends on what the pixels show.
+# A small CNN for images of digits, ten times, each with its own random weights. The
+# images are noise: neither equality nor speed depends on what they show.
 
 
 class SimpleCNN(nn.Module):
@@ -85,461 +55,230 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x):  # [64, 1, 28, 28]
-        x = F.relu(self.conv1(x))  # [64, 32, 26, 26]
+        x = F.relu(self.conv1(x))
         x = F.relu(self.conv2(x))  # [64, 64, 24, 24]
-        x = torch.flatten(F.max_pool2d(x, 2), 1)  # [64, 9216]
-        x = F.relu(self.fc1(x))  # [64, 128]
-        return self.fc2(x)  # [64, 10]
+        x = F.max_pool2d(x, 2).flatten(1)  # [64, 9216]
+        return self.fc2(F.relu(self.fc1(x)))  # [64, 10]
 
 
 num_models = 10
-num_classes = 10
 models = [SimpleCNN().to(device) for _ in range(num_models)]
-data = torch.randn(100, 64, 1, 28, 28, device=device)
-
-weights_per_model = sum(p.numel() for p in models[0].parameters())
-print(f"{num_models} models of {weights_per_model:,} parameters each")
-
-# %%
-# The plain way: a loop
-# ---------------------
-#
-# There are two natural ways to feed an ensemble. **Option 1** gives every
-# model a minibatch of its own, as in training on resampled data. **Option 2**
-# gives the same minibatch to all, as in prediction. Both are one line.
-
-minibatches = data[:num_models]  # [10, 64, 1, 28, 28]
-minibatch = data[0]  # [64, 1, 28, 28]
-
-loop1 = torch.stack([model(x) for model, x in zip(models, minibatches, strict=True)])
-loop2 = torch.stack([model(minibatch) for model in models])
-
-print("option 1, own minibatches:  ", tuple(loop1.shape))
-print("option 2, shared minibatch: ", tuple(loop2.shape))
+data = torch.randn(100, 64, 1, 28, 28, device=device)  # 100 minibatches of 64 images
+minibatches = data[:num_models]  # [10, 64, 1, 28, 28], one for each model
+minibatch = data[0]  # [64, 1, 28, 28], one for all
 
 # %%
-# The vectorized way: state on one side, computation on the other
-# ---------------------------------------------------------------
+# Call all models at once
+# -----------------------
 #
-# ``vmap`` vectorizes *functions of tensors*. A module is not one: it hides its
-# parameters inside. Two functions take it apart.
-#
-# ``stack_module_state`` copies the parameters of all members into one
-# dictionary, in which every tensor has a new first dimension of size
-# ``num_models``. ``nn.Linear`` stores its weight as ``[outputs, inputs]``, so
-# ``fc1.weight`` goes from ``[128, 9216]`` to ``[10, 128, 9216]``. Buffers, such
-# as the running statistics of batch normalization, are stacked in the same
-# way. This network has none, so ``buffers`` is empty.
+# The lines to copy. Option 1 gives every model **its own minibatch**, as in training;
+# option 2 gives all models **the same minibatch**, as in prediction.
 
-params, buffers = stack_module_state(models)
-
-for name, tensor in params.items():
-    grad = "requires grad" if tensor.requires_grad else "no grad"
-    print(f"{name:13} {list(models[0].get_parameter(name).shape)!s:19}", end=" -> ")
-    print(f"{list(tensor.shape)!s:21} {grad}")
-
-# %%
-# The stacked tensors are new leaves of autograd: an optimizer can train them
-# directly. They are also *copies*. If you change a model after this line, its
-# row in ``params`` does not follow.
-#
-# ``functional_call`` runs a module with parameters that it does not own. It needs
-# the module for its code, its Python attributes and its mode (train or eval), so we
-# build that skeleton on the ``meta`` device, where tensors have shapes but no memory.
-# ``strict=True`` insists that every parameter is supplied. Without it, a forgotten
-# one is read from the skeleton: on a CPU that is uninitialized memory, and no error.
-
+params, buffers = stack_module_state(models)  # "fc1.weight": [10, 128, 9216], ...
 with torch.device("meta"):
-    skeleton = SimpleCNN()
+    skeleton = SimpleCNN()  # code without memory
 
 
 def predict(params, buffers, x):
-    """Logits of one member, a pure function of its state and its input."""
+    """Logits of one model."""
     return functional_call(skeleton, (params, buffers), (x,), strict=True)
 
 
-# %%
-# ``vmap(predict)`` is the ensemble. ``in_dims`` names, for each argument, the
-# dimension that counts the models; ``None`` means that all models share the
-# argument. The default is 0 for every argument, which is option 1. Option 2
-# changes one entry:
+with torch.no_grad():  # leave this out to train
+    own = vmap(predict)(params, buffers, minibatches)
+    shared = vmap(predict, in_dims=(0, 0, None))(params, buffers, minibatch)
 
-own = vmap(predict, in_dims=(0, 0, 0))
-shared = vmap(predict, in_dims=(0, 0, None))
-
-vmap1 = own(params, buffers, minibatches)
-vmap2 = shared(params, buffers, minibatch)
-
-print("option 1, in_dims=(0, 0, 0):   ", tuple(vmap1.shape))
-print("option 2, in_dims=(0, 0, None):", tuple(vmap2.shape))
+print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 
 # %%
-# .. note::
+# Both results are ``[model, image, class]``. Three functions make them:
 #
-#    Older code imports these tools from ``functorch``:
-#    ``combine_state_for_ensemble`` is now ``stack_module_state`` (the state) plus
-#    ``functional_call`` (the call).
+# - ``stack_module_state`` copies the parameters of all models into one dictionary, in
+#   which every tensor has a new first dimension; buffers as well, but this network has
+#   none. After the copy, a change of ``models[3]`` does not reach ``params``.
+# - ``functional_call`` runs a module with parameters that you hand it. So ``predict``
+#   is *one* model as a function of tensors, the form that ``vmap`` needs. On the
+#   ``meta`` device the skeleton's own tensors have shapes and no memory;
+#   ``strict=True`` insists that the call supplies them all.
+# - ``vmap`` maps that function over the models. ``in_dims`` names, for each argument,
+#   the dimension that counts them: 0 by default, ``None`` for what all share.
 #
-# Check: it is the same function
-# ------------------------------
+# In older code, ``functorch.combine_state_for_ensemble`` stands for the first two.
 #
-# Floating-point sums depend on their order, and a vectorized kernel sums in another
-# order than ten separate ones. So we do not ask for identical bits. We ask for
-# agreement within one part in a million, absolute and relative, and look at the
-# distance of both sides from a loop in float64.
+# The same with a loop
+# --------------------
 #
-# Two things can break the bound without an error in the program:
-#
-# - **TF32.** It shortens the factors of every product to 10 bits of fraction, so
-#   distances near one part in a thousand of the largest logit are normal, in the loop
-#   and in ``vmap`` alike. That is the usual reason why two correct programs fail a
-#   comparison at 1e-6, and no reason to loosen the comparison: ask for IEEE float32,
-#   compare, change it back. A GPU that has TF32 gets two more rows in the table.
-# - **An algorithm** of some GPU library that rounds more even in IEEE float32. A failed
-#   comparison does not say *who* is wrong, so then float64 decides.
-#
-# On a CPU neither applies, and 1e-6 has to hold. The verdict by float64 elsewhere:
-# ``vmap`` may be at most three times as far from it as the loop is, or as the
-# precision allows (1e-6, or 10 bits of the largest logit). Each distance is the
-# largest of thousands of rounding errors and can differ by a factor of two by chance;
-# a wrong result is thousands of times farther away.
+# One large kernel may add numbers in another order than ten small ones, so the last
+# bits differ. We ask that every logit agrees within one part in a million (of itself
+# or of 1, if that is more).
 
-models64 = [copy.deepcopy(model).cpu().double() for model in models]
-data64 = data[:num_models].cpu().double()
-exact1 = torch.stack([model(x) for model, x in zip(models64, data64, strict=True)])
-exact2 = torch.stack([model(data64[0]) for model in models64])
-largest = exact1.abs().max().item()
+with torch.no_grad():
+    pairs = zip(models, minibatches, strict=True)
+    loop_own = torch.stack([model(x) for model, x in pairs])
+    loop_shared = torch.stack([model(minibatch) for model in models])
 
-rows = [("ieee", 1, loop1, vmap1, exact1), ("ieee", 2, loop2, vmap2, exact2)]
-if device.type == "cuda" and torch.cuda.is_tf32_supported():
-    conv.fp32_precision = "tf32"
-    looped1 = [model(x) for model, x in zip(models, minibatches, strict=True)]
-    looped2 = [model(minibatch) for model in models]
-    vectorized1 = own(params, buffers, minibatches)
-    vectorized2 = shared(params, buffers, minibatch)
-    conv.fp32_precision = "ieee"
-    rows.append(("tf32", 1, torch.stack(looped1), vectorized1, exact1))
-    rows.append(("tf32", 2, torch.stack(looped2), vectorized2, exact2))
-
-precision = {"ieee": 1e-6, "tf32": largest * 2**-10}
-print(f"{loop1.numel():,} logits, the largest {largest:.2f}; distance from float64")
-print("convolutions  option     loop     vmap  loop and vmap agree within 1e-6")
-for mode, option, looped, vectorized, exact in rows:
-    loop_error = (looped.cpu().double() - exact).abs().max().item()
-    vmap_error = (vectorized.cpu().double() - exact).abs().max().item()
-    agree = torch.allclose(vectorized, looped, atol=1e-6, rtol=1e-6)
-    allowed = 3 * max(loop_error, precision[mode])
-    assert agree or (device != cpu and vmap_error <= allowed), (
-        f"option {option}, {mode}: vmap does not compute what the loop computes; "
-        f"distance from float64: loop {loop_error:.1e}, vmap {vmap_error:.1e}"
+for option, one_call, loop in [(1, own, loop_own), (2, shared, loop_shared)]:
+    distance = (one_call - loop).abs().max()
+    assert torch.allclose(one_call, loop, atol=1e-6, rtol=1e-6), (
+        f"option {option}: vmap does not compute what the loop computes; "
+        f"a logit is off by {distance:.1e}"
     )
-    verdict = "yes" if agree else "no, but vmap is as near to float64 as allowed"
-    print(f"{mode:12}  {option:6}  {loop_error:.1e}  {vmap_error:.1e}  {verdict}")
+    print(f"option {option}: equal within 1e-6; largest difference {distance:.1e}")
 
 # %%
-# Neither side is the reference for the other: both round, and float64 shows by how
-# much.
+# **One call computes what the loop computes.** Keep this check in your own project. If
+# it fails there, because a GPU uses TF32 or logits are larger, ``plot_how_equal.py``
+# finds a fair tolerance and lets float64 decide who is wrong.
 #
-# What should happen to the time
-# ------------------------------
+# Should it be faster?
+# --------------------
 #
-# Count before you measure. ``FlopCounterMode`` counts the operations of
-# convolutions and matrix products, and the largest intermediate result is the
-# output of the second convolution:
+# The arithmetic is the same. But where the loop calls each operator ten times, ``vmap``
+# calls it once: a linear layer becomes one batched matrix product, a convolution one
+# *grouped* convolution with a group for each model. This saves calls, which cost
+# microseconds each and leave a GPU idle. It also makes every intermediate result ten
+# times as large: behind ``conv2`` 94 MB instead of 9.4 (64 images x 64 channels x 24 x
+# 24 pixels x 4 bytes), more than most CPU caches hold.
+#
+# So expect ``vmap`` to be faster where one small model cannot fill the device, as on a
+# GPU, and slower where one model keeps all cores busy already and large results have
+# their price, as on a small CPU.
+#
+# Which is faster here?
+# ---------------------
+#
+# We time option 1. Both sides return one stacked tensor, with autograd off. They take
+# five turns each, every turn with a call to warm up; ``Timer`` waits for a GPU.
 
 
-def count(name, statement):
-    """Print the operations of one call, in units of 1e9."""
-    with FlopCounterMode(display=False) as counter:
-        statement()
-    per_operator = counter.get_flop_counts()["Global"].items()
-    print(f"{name}:", ", ".join(f"{op} {n / 1e9:.2f}" for op, n in per_operator))
+def in_turns(*functions, rounds=5):
+    """One ``Measurement`` for each function; they take turns, so drift hits all."""
+    threads = torch.get_num_threads()
+    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
+    turns = [
+        [timer.blocked_autorange(min_run_time=0.05) for timer in timers]
+        for _ in range(rounds)
+    ]
+    return [Measurement.merge(column)[0] for column in zip(*turns, strict=True)]
 
 
-print(f"1e9 floating-point operations, {num_models} models, option 1")
-count("loop", lambda: [model(x) for model, x in zip(models, minibatches, strict=True)])
-count("vmap", lambda: own(params, buffers, minibatches))
+def compare(n):
+    """Times of n models: in a loop, and in one call."""
+    members, inputs = many[:n], data[:n]
+    state = stack_module_state(members)
+    return in_turns(
+        lambda: torch.stack([m(x) for m, x in zip(members, inputs, strict=True)]),
+        lambda: vmap(predict)(*state, inputs),
+    )
 
-megabytes = 64 * 64 * 24 * 24 * loop1.element_size() / 1e6  # images, channels, h, w
-print(f"largest tensor: loop {megabytes:.1f} MB, vmap {num_models * megabytes:.1f} MB")
 
 # %%
-# This arithmetic is the same. What changes is how it is packed:
-#
-# - The **loop** calls every operator of the network once per model. Each call costs
-#   some microseconds before any arithmetic starts, and one small model leaves most
-#   of a GPU idle. This overhead grows with the number of models.
-# - **vmap** calls every operator of the network once, plus some copies and additions
-#   of biases. Linear layers become one batched matrix product (``bmm``). Convolutions
-#   become one *grouped* convolution, with one group per model, which some libraries
-#   do poorly. Only the first convolution of option 2 escapes: its input is shared, so
-#   it becomes one ordinary convolution with more output channels. And every
-#   intermediate result is ``num_models`` times larger.
-#
-# So ``vmap`` should win where the overhead of calls dominates: small models, small
-# batches, fast devices. It should lose where the arithmetic dominates and the larger
-# steps are slower than the small ones: this CNN on a CPU, where a tensor of many
-# megabytes leaves the cache and often gets fresh memory from the system each time.
-#
-# Measure
-# -------
-#
-# Both sides return one stacked tensor of logits, in IEEE float32, with autograd off.
-# The timer uses all threads and runs each statement before it measures, so the first
-# call is not counted. Each of its values is the mean of a block of calls; the table
-# shows the median of the values, their interquartile range and their number. A
-# machine with an accelerator measures its CPU too. "Own data" is option 1, "shared
-# data" is option 2. On NVIDIA GPUs the default, TF32, is faster for both sides and
-# may change their ratio.
+# Up to ten models, or a hundred on a GPU:
 
-sizes = {where: [1, 2, 5, 10, 20] for where in device_names}
-if device != cpu:
-    sizes[device] = [1, 2, 5, 10, 20, 50, 100]
+sizes = [1, 2, 5, 10] if device == cpu else [1, 2, 5, 10, 20, 50, 100]
+many = [SimpleCNN().to(device) for _ in range(max(sizes))]
+with torch.no_grad():
+    loops, calls = zip(*[compare(n) for n in sizes], strict=True)
 
-statements = {
-    "loop, own data": "stack([m(x) for m, x in zip(models, minibatches)])",
-    "vmap, own data": "own(params, buffers, minibatches)",
-    "loop, shared data": "stack([m(minibatch) for m in models])",
-    "vmap, shared data": "shared(params, buffers, minibatch)",
-}
-quartiles = torch.tensor([0.25, 0.5, 0.75])
-
-times = {}  # (device, statement, size) -> first quartile, median, third quartile [ms]
-for where, device_name in device_names.items():
-    members = [SimpleCNN().to(where) for _ in range(max(sizes[where]))]
-    print(f"{device_name}: milliseconds, median (interquartile range, values)")
-    print("models", *[f"{label:>19}" for label in statements])
-    for size in sizes[where]:
-        scope = {"stack": torch.stack, "own": own, "shared": shared}
-        scope["models"] = members[:size]
-        scope["params"], scope["buffers"] = stack_module_state(members[:size])
-        scope["minibatches"] = data[:size].to(where)
-        scope["minibatch"] = data[0].to(where)
-        print(f"{size:6}", end="")
-        for label, statement in statements.items():
-            timer = Timer(statement, globals=scope, num_threads=num_threads)
-            seconds = min(3, max(0.5, 0.15 * size))
-            runs = timer.blocked_autorange(min_run_time=seconds).times
-            times[where, label, size] = (
-                1e3 * torch.tensor(runs).quantile(quartiles)
-            ).tolist()
-            low, median, high = times[where, label, size]
-            print(f"{f'{median:.2f} ({high - low:.2f}, {len(runs)})':>20}", end="")
-        print()
+print("models  loop, vmap: median ms (distance between the quartiles)")
+for n, loop, call in zip(sizes, loops, calls, strict=True):
+    ratio = loop.median / call.median
+    verdict = f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}"
+    if abs(loop.median - call.median) < max(loop.iqr, call.iqr):
+        verdict = "about as fast"
+    looped, called = (f"{t.median * 1e3:.2f} ({t.iqr * 1e3:.2f})" for t in (loop, call))
+    print(f"{n:6}  {looped}, {called}: vmap is {verdict}")
 
 # %%
-# Look
-# ----
 
-looks = {
-    "loop, own data": {"color": "C0", "marker": "o", "linestyle": "-"},
-    "vmap, own data": {"color": "C1", "marker": "^", "linestyle": "-"},
-    "loop, shared data": {"color": "C0", "marker": "o", "linestyle": "--"},
-    "vmap, shared data": {"color": "C1", "marker": "^", "linestyle": "--"},
-}
-
-panels = len(device_names)
-fig, _ = plt.subplots(panels, 1, figsize=(5.6, 4 * panels), layout="constrained")
-for ax, (where, device_name) in zip(fig.axes, device_names.items(), strict=True):
-    for label, look in looks.items():
-        curve = torch.tensor([times[where, label, size] for size in sizes[where]])
-        low, median, high = curve.T.tolist()
-        ax.loglog(sizes[where], median, label=label, **look)
-        ax.fill_between(sizes[where], low, high, color=look["color"], alpha=0.2)
-    ax.set_title(f"Prediction of SimpleCNNs, batch 64, float32\n{device_name}")
-    ax.set_xlabel("number of models")
-    ax.set_ylabel("time [ms]")
-    ax.set_xticks(sizes[where], labels=sizes[where])
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.minorticks_off()
-    ax.grid(True, alpha=0.3)
-fig.axes[0].legend()
-
-findings = []
-for where, device_name in device_names.items():
-    for feed in ["own data", "shared data"]:
-        loop_time = times[where, f"loop, {feed}", num_models][1]
-        vmap_time = times[where, f"vmap, {feed}", num_models][1]
-        ratio = loop_time / vmap_time
-        findings.append(
-            f"{num_models} models with {feed} on {device_name}: "
-            f"loop {loop_time:.2f} ms, vmap {vmap_time:.2f} ms, so vmap is "
-            f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}."
-        )
+fig, ax = plt.subplots(layout="constrained")
+for way, look, runs in [("loop", "C0o-", loops), ("vmap", "C1^--", calls)]:
+    ax.loglog(sizes, [t.median * 1e3 for t in runs], look, label=way)
+    fastest, slowest = ([f(t.times) * 1e3 for t in runs] for f in (min, max))
+    ax.fill_between(sizes, fastest, slowest, color=look[:2], alpha=0.2)
+ax.set_title(f"Prediction of SimpleCNNs, batch 64, float32\n{name}")
+ax.set_xlabel("number of models")
+ax.set_ylabel("time [ms]; band: all turns")
+ax.set_xticks(sizes, labels=sizes)
+ax.yaxis.set_major_formatter("{x:g}")
+ax.xaxis.minorticks_off()
+ax.legend()
 fig.set_label(
-    "Time of one prediction against the number of models, loop and vmap, both axes "
-    f"logarithmic, one panel for each device. {' '.join(findings)}"
+    "Time of one prediction by all models against the number of models, for the loop "
+    f"and for vmap, on logarithmic axes: for {n} models, vmap is {verdict}."
 )
 
 # %%
-# Reading the figure
-# ------------------
+# **If vmap is faster here**, the calls of the loop left the device waiting, and one
+# call for all models waits once. Larger images, batches or layers shrink the gain, and
+# so do slow grouped convolutions. The authors of this example saw both in 2022: 4.91 ms
+# (loop) against 2.07 on an A100 GPU, 5.81 against 6.34 where their page was built.
 #
-# On logarithmic axes, a line that rises as steeply as the number of models means
-# that each further model takes as long as the first; a flat line means that it adds
-# no time. The distance between two lines is the ratio of their times.
+# **If vmap is slower here**, there was no idle device to fill, and the large tensors
+# have their price: fresh memory, which ``plot_what_vmap_runs.py`` measures and which
+# ``GLIBC_TUNABLES`` on Linux avoids. For this network on a CPU keep a loop, best a
+# compiled one (``plot_fastest_ensemble.py``); with smaller models, one call is faster
+# on a CPU too (``plot_when_vmap_pays.py``).
+#
+# Combine the ten predictions
+# ---------------------------
+#
+# Average the probabilities, or let the models vote. For both, all models must see the
+# same images, so this takes option 2. Our models are untrained, so they disagree:
 
-print(*findings, sep="\n")
+by_mean = shared.softmax(dim=-1).mean(dim=0).argmax(dim=-1)  # [64]
+votes = shared.argmax(dim=-1)  # [10, 64]
+by_vote = votes.mode(dim=0).values  # [64]
+for_winner = (votes == by_vote).sum(dim=0)  # [64], of 10 votes
+
+print(f"mean and vote agree on {(by_mean == by_vote).sum()} of {len(votes.T)} images")
+print(f"votes for the winning class: {for_winner.min()} to {for_winner.max()}")
 
 # %%
-# **If vmap is faster here**, the single calls of the loop left the device waiting:
-# their overhead came to more than their arithmetic, and ``vmap`` pays it once. Larger
-# images, larger batches or wider layers can turn this around.
+# **Where trained models disagree, the ensemble is unsure**: what that is worth is the
+# subject of ``plot_unknown_inputs.py``.
 #
-# **If vmap is slower here**, sharing the calls saved less than the larger steps cost:
-# intermediate results that no longer fit the cache, fresh memory for each of them,
-# separate additions of biases, and on some libraries slow grouped convolutions. This
-# is the normal result for this network on a CPU with few cores. A smaller model or
-# batch can turn it around. On Linux you can see the share of the memory yourself: run
-# this page as a script with settings that make the process keep what it was given.
+# The mistake: a shared minibatch without ``None``
+# ------------------------------------------------
 #
-# .. code-block:: sh
-#
-#    keep=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=9999999999
-#    GLIBC_TUNABLES=$keep python plot_ensembling.py
-#
-# In both cases the equality above holds. So write the ensemble with ``vmap`` because
-# it is one function of one set of tensors, which you can train, save and move as a
-# whole, and measure before you call it fast.
-#
-# Combine the predictions
-# -----------------------
-#
-# Ten answers are not yet a prediction. Two ways to make one are common:
-#
-# - the **mean of the softmax**: average the members' probabilities, take the most
-#   probable class;
-# - the **majority vote**: every member names a class, the most named wins.
-#
-# How often two members disagree says how much the ensemble can add: members that
-# always agree are worth one model. All of it needs the same inputs for every
-# member, so it starts from option 2.
+# Without ``in_dims``, ``vmap`` takes the first dimension of *every* argument for the
+# models, and so the 64 images for 64 models:
 
-probabilities = vmap2.softmax(dim=-1)  # [10, 64, 10]: member, image, class
-mean_probabilities = probabilities.mean(dim=0)  # [64, 10]
-votes = vmap2.argmax(dim=-1)  # [10, 64]
-counts = F.one_hot(votes, num_classes).sum(dim=0)  # [64, 10]: votes for each class
-
-by_mean = mean_probabilities.argmax(dim=-1)  # [64]
-by_vote = counts.argmax(dim=-1)  # [64]; the lowest class wins a tie
-winner = counts.max(dim=-1).values  # [64]: votes for the winner
-tied = (counts == winner[:, None]).sum(dim=-1) > 1
-differing_pairs = (votes[:, None] != votes[None, :]).sum(dim=(0, 1))
-disagreement = differing_pairs / (num_models * (num_models - 1))  # [64]
-
-print(f"{len(by_mean)} images; the vote is tied for {tied.sum()} of them")
-print(f"the winner has {winner.min()} to {winner.max()} of {num_models} votes")
-print(f"mean and vote name the same class for {(by_mean == by_vote).sum()} images")
-print(f"two members disagree on {disagreement.mean():.0%} of the images")
-print("different classes that each member names:", *[len(v.unique()) for v in votes])
-print(f"probabilities: {probabilities.min():.3f} to {probabilities.max():.3f}")
+try:
+    vmap(predict)(params, buffers, minibatch)
+except ValueError as error:
+    print(error)
 
 # %%
-# These members are untrained, and it shows. Each prefers the same few classes for
-# every image, and its probabilities are all near one tenth, so the mean decides on
-# tiny differences that no vote sees: the two often differ. Training changes both:
-# trained members agree on most images, and the images on which they do not are those
-# on which the ensemble is unsure. That is what an ensemble tells you and a single
-# model cannot.
+# The cure is ``in_dims=(0, 0, None)``. With ten images in the batch, the sizes would
+# agree and every model would get one image: look at the shape of the result, too.
 #
-# What ``vmap`` can take
-# ----------------------
+# Other refusals mostly mean that a model is no pure function of tensors, for instance
+# by ``.item()`` or an ``if`` on values: PyTorch lists these `limitations
+# <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_. Batch norm, dropout
+# and tied weights are the subject of ``plot_state.py``.
 #
-# ``vmap`` runs your Python function **once**, with tensors that stand for all
-# members at the same time. It is made for *pure* functions: tensors in, tensors out,
-# nothing else read or changed.
-#
-# - In-place operations work on tensors that already differ between members, such as
-#   ``x.clone().add_(1)`` or ``x.new_zeros(4).add_(x)``. ``torch.zeros(4).add_(x)``
-#   fails: it would write ten members' values into one tensor.
-# - Whatever needs the *value* of a tensor in Python fails, because there is no single
-#   value: ``if``, ``.item()``, an f-string with a number format. So does a result
-#   whose *shape* depends on values, such as ``nonzero``.
-# - Random operations such as dropout need to be told, by ``randomness=``, whether all
-#   members draw the same numbers.
-#
-# Changes to Python objects happen once in total, not once for each member:
-
-seen = []
-
-
-def remember(x):
-    seen.append(x.shape)
-    return x.clone().add_(1)  # in place, on a tensor made here
-
-
-vmap(remember)(minibatches)
-print(f"{num_models} models, {len(seen)} call, which saw one member: {list(seen[0])}")
-
-# %%
-# When it goes wrong
-# ------------------
-#
-# Two mistakes come first for nearly everybody. This cell makes them and prints
-# what PyTorch says.
-
-
-def refusal(function, *inputs):
-    """Message with which PyTorch refuses to run function(*inputs)."""
-    try:
-        function(*inputs)
-    except (RuntimeError, ValueError) as problem:
-        return f"{type(problem).__name__}: {problem}"
-    raise AssertionError("PyTorch ran a call that this page says it refuses")
-
-
-def invert_dark(x):
-    return x if x.mean() > 0 else -x
-
-
-print("1.", refusal(own, params, buffers, minibatch), "\n")
-print("2.", refusal(vmap(invert_dark), minibatches))
-
-# %%
-# 1. A shared minibatch needs ``in_dims=(0, 0, None)``. Without it, ``vmap`` takes
-#    the 64 images of the batch for 64 models. If both numbers happen to be equal,
-#    this check cannot notice: compare the shape of the result.
-# 2. A decision that depends on a tensor has to be made by a tensor operation:
-#    ``torch.where(x.mean() > 0, x, -x)``.
-#
-# Last, the global switches go back to where they were.
-
-torch.set_grad_enabled(True)
-conv.fp32_precision, matmul.fp32_precision = default_precision
-
-# %%
 # Remember
 # --------
 #
-# An ensemble is one function of stacked parameters: ``stack_module_state`` makes
-# the parameters, ``functional_call`` makes the function, ``vmap`` maps it.
-# **One entry of** ``in_dims`` decides between own and shared minibatches. Loop
-# and ``vmap`` do the same arithmetic and agree up to rounding; the precision
-# mode decides how much that is. **Whether vmap is faster is a property of model,
-# batch and machine**, so measure it. Combine members by the mean of their
-# probabilities or by vote, and look at how often they disagree.
+# ``stack_module_state`` makes one state of many models, ``functional_call`` makes a
+# function of one model, ``vmap`` calls it for all. **One entry of** ``in_dims``
+# **decides between own and shared minibatches.** The result is that of the loop up to
+# rounding; whether it comes faster, you have to measure.
 #
 # Next
 # ----
 #
-# - `torch.func <https://docs.pytorch.org/docs/stable/func.html>`_, the
-#   reference of the functions used here, with a page on what ``vmap`` refuses:
-#   `UX limitations <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_.
-# - `Model ensembling <https://docs.pytorch.org/tutorials/intermediate/ensembling.html>`_,
-#   PyTorch's own tutorial, which descends from the same original as this page.
+# - ``plot_training.py`` trains all models with one optimizer.
+# - ``plot_when_vmap_pays.py`` says for which models and batches one call is faster.
+# - ``plot_what_vmap_runs.py`` shows the operators behind the one call.
+# - ``plot_saving.py`` saves the ensemble and takes one model out again.
 #
 # References
 # ----------
 #
-# - The original: ``notebooks/_src/plot_ensembling.py`` in
-#   `pytorch/functorch <https://github.com/pytorch/functorch>`_, 2021.
+# - The original: ``plot_ensembling.py`` in `pytorch/functorch
+#   <https://github.com/pytorch/functorch>`_, 2021, and its page as built in 2022.
 # - B. Lakshminarayanan, A. Pritzel, C. Blundell: Simple and scalable predictive
 #   uncertainty estimation using deep ensembles, 2017,
 #   `arXiv:1612.01474 <https://arxiv.org/abs/1612.01474>`_.
-# - Grouped convolutions and their speed:
-#   `pytorch/functorch#365 <https://github.com/pytorch/functorch/issues/365>`_,
-#   `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_.
-# - Precision modes:
-#   `Numerical accuracy <https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html>`_
-#   in PyTorch's documentation.

@@ -1,0 +1,128 @@
+"""What plot_hyperparameter_sweep.py calls tested: which optimizers step in lr."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call, stack_module_state, vmap
+
+NUM_MODELS, NUM_STEPS = 4, 25
+RATES = torch.logspace(-4, -1, NUM_MODELS, dtype=torch.float64)
+NO_DECAY = torch.zeros(NUM_MODELS, dtype=torch.float64)
+
+
+def make_model():
+    layers = torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+    return torch.nn.Sequential(*layers).double()
+
+
+SKELETON = make_model().to("meta")
+
+
+def loss_of(params, x, y):
+    logits = functional_call(SKELETON, params, (x,), strict=True)
+    return torch.nn.functional.cross_entropy(logits, y)
+
+
+def step_each(params, optimizer, rates, decays):
+    old = [p.detach().clone() for p in params.values()]
+    optimizer.step()
+    with torch.no_grad():
+        for p, before in zip(params.values(), old, strict=True):
+            rate = rates.view(-1, *[1] * (p.dim() - 1))
+            decay = decays.view_as(rate)
+            p.copy_(before + rate * (p - before) - rate * decay * before)
+
+
+def distance(make, decays=NO_DECAY, step=step_each):
+    """Between members trained together and trained alone; make(params, **options)."""
+    torch.manual_seed(0)
+    models = [make_model() for _ in range(NUM_MODELS)]
+    xs = torch.randn(NUM_STEPS, NUM_MODELS, 16, 6, dtype=torch.float64)
+    ys = torch.randint(3, (NUM_STEPS, NUM_MODELS, 16))
+
+    params, _ = stack_module_state(copy.deepcopy(models))
+    optimizer = make(params.values(), lr=1.0)
+    for x, y in zip(xs, ys, strict=True):
+        optimizer.zero_grad()
+        vmap(loss_of)(params, x, y).sum().backward()
+        step(params, optimizer, RATES, decays)
+
+    gaps = []
+    for i, model in enumerate(models):
+        own = {"weight_decay": decays[i].item()} if decays.any() else {}
+        optimizer = make(model.parameters(), lr=RATES[i].item(), **own)
+        for x, y in zip(xs[:, i], ys[:, i], strict=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        named = model.named_parameters()
+        gaps += [(p - params[name][i]).abs().max() for name, p in named]
+    return torch.stack(gaps).max().item()
+
+
+def with_options(kind, **options):
+    return lambda params, **more: kind(params, **{**options, **more})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {}),
+        ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+        ("SGD", {"momentum": 0.9, "fused": True}),
+        ("Adam", {"weight_decay": 0.01, "amsgrad": True}),
+        ("Adam", {"fused": True}),
+        ("Adam", {"foreach": True}),
+        ("AdamW", {"weight_decay": 0.1}),
+        ("RMSprop", {"momentum": 0.9}),
+        ("Adagrad", {}),
+        ("Adagrad", {"fused": True}),
+        ("Adadelta", {}),
+        ("Adamax", {}),
+        ("NAdam", {}),
+        ("RAdam", {}),
+    ],
+)
+def test_step_is_proportional_to_rate(name, options):
+    assert distance(with_options(getattr(torch.optim, name), **options)) < 1e-10
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adamw_with_a_decay_for_each_member(fused):
+    decays = torch.linspace(0, 1, NUM_MODELS, dtype=torch.float64)
+    make = with_options(torch.optim.AdamW, weight_decay=0, fused=fused)
+    assert distance(make, decays) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["Rprop", "ASGD", "Adafactor"])
+def test_step_is_not_proportional_to_rate(name):
+    assert distance(getattr(torch.optim, name)) > 1e-7
+
+
+# The compiler imports modules of PyTorch that use what PyTorch itself deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_step_each_compiles():
+    # Without C++: the compiler's graph, run by PyTorch's own operators.
+    step = torch.compile(step_each, backend="aot_eager")
+    assert distance(with_options(torch.optim.Adam, fused=True), step=step) < 1e-10
+    torch.compiler.reset()
+
+
+def test_an_overflowed_member_harms_no_other():
+    torch.manual_seed(0)
+    models = [make_model() for _ in range(NUM_MODELS)]
+    x, y = torch.randn(16, 6, dtype=torch.float64), torch.randint(3, (16,))
+    results = []
+    for first_rate in (1e-3, float("inf")):
+        params, _ = stack_module_state(copy.deepcopy(models))
+        optimizer = torch.optim.Adam(params.values(), lr=1)
+        rates = torch.tensor([first_rate, 0.01, 0.01, 0.01], dtype=torch.float64)
+        for _ in range(3):
+            optimizer.zero_grad()
+            vmap(loss_of, in_dims=(0, None, None))(params, x, y).sum().backward()
+            step_each(params, optimizer, rates, NO_DECAY)
+        results.append({name: p.detach() for name, p in params.items()})
+    assert not results[1]["0.weight"][0].isfinite().any()
+    for name, p in results[0].items():
+        torch.testing.assert_close(results[1][name][1:], p[1:], rtol=0, atol=1e-12)

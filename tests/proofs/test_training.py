@@ -1,0 +1,203 @@
+"""What plot_training.py says and does not prove: optimizers, clipping, mean, NaN."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+NUM_MODELS, NUM_STEPS = 5, 30
+
+
+def new_model():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+with torch.device("meta"):
+    skeleton = new_model()
+
+
+def member_loss(params, x, y):
+    return F.cross_entropy(functional_call(skeleton, params, (x,), strict=True), y)
+
+
+@pytest.fixture
+def models():
+    torch.manual_seed(0)
+    return [new_model() for _ in range(NUM_MODELS)]
+
+
+@pytest.fixture
+def data(models):
+    """Minibatches of all steps, [step, member, batch, ...]."""
+    x = torch.randn(NUM_STEPS, NUM_MODELS, 7, 6, dtype=torch.float64)
+    return x, torch.randint(3, (NUM_STEPS, NUM_MODELS, 7))
+
+
+def clip_each(tensors, max_norm):
+    """The function of the page."""
+    norms = [p.grad.reshape(len(p), -1).norm(dim=1) for p in tensors]
+    norms = torch.stack(norms).norm(dim=0)
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1)
+    for p in tensors:
+        p.grad.mul_(factors.view(-1, *[1] * (p.ndim - 1)))
+
+
+def train_together(models, data, make_optimizer, total=torch.sum, clip=None):
+    params, _ = stack_module_state(models)
+    optimizer = make_optimizer(params.values())
+    for x, y in zip(*data, strict=True):
+        optimizer.zero_grad()
+        total(vmap(member_loss)(params, x, y)).backward()
+        if clip:
+            clip(params.values(), 0.1)
+        optimizer.step()
+    return {name: p.detach() for name, p in params.items()}
+
+
+def train_alone(models, data, make_optimizer, clip=None):
+    trained = [copy.deepcopy(model) for model in models]
+    for member, model in enumerate(trained):
+        optimizer = make_optimizer(model.parameters())
+        for x, y in zip(*data, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[member]), y[member]).backward()
+            if clip:
+                clip(model.parameters(), 0.1)
+            optimizer.step()
+    return {name: p.detach() for name, p in stack_module_state(trained)[0].items()}
+
+
+def distances(one, other):
+    """Largest distance of each member."""
+    apart = [(one[name] - p).abs().flatten(1) for name, p in other.items()]
+    return torch.cat(apart, dim=1).amax(dim=1)
+
+
+def sgd(params, lr=0.3, weight_decay=1e-2):
+    return torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=weight_decay)
+
+
+def adam(params, eps=1e-8):
+    return torch.optim.Adam(params, lr=0.01, eps=eps)
+
+
+def decayed_adam(params, weight_decay=1e-2):
+    return torch.optim.Adam(params, lr=0.01, weight_decay=weight_decay)
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
+
+
+def fused(params):
+    return torch.optim.Adam(params, lr=0.01, fused=True)
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam, decayed_adam, adamw, fused])
+def test_training_together_is_training_alone(models, data, make_optimizer):
+    together = train_together(models, data, make_optimizer)
+    alone = train_alone(models, data, make_optimizer)
+    assert distances(together, alone).max() < 1e-10
+
+
+def test_a_scheduler_of_the_one_optimizer_schedules_all_members(models, data):
+    def scheduled(params):
+        optimizer = adam(params)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    together = train_together(models, data, scheduled)
+    assert distances(together, train_alone(models, data, scheduled)).max() < 1e-10
+
+
+def test_adafactor_mixes_members(models, data):
+    def adafactor(params):
+        return torch.optim.Adafactor(params, lr=0.01)
+
+    together = train_together(models, data, adafactor)
+    assert distances(together, train_alone(models, data, adafactor)).min() > 1e-4
+
+
+def test_muon_refuses_stacked_matrices(models):
+    params, _ = stack_module_state(models)
+    with pytest.raises(ValueError, match="2D"):
+        torch.optim.Muon(params.values())
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam])
+def test_clipping_each_member_is_clipping_alone(models, data, make_optimizer):
+    alone = train_alone(models, data, make_optimizer, nn.utils.clip_grad_norm_)
+    unclipped = train_alone(models, data, make_optimizer)
+    together = train_together(models, data, make_optimizer, clip=clip_each)
+    for_all = train_together(
+        models, data, make_optimizer, clip=nn.utils.clip_grad_norm_
+    )
+    assert distances(together, alone).max() < 1e-10
+    assert distances(unclipped, alone).min() > 1e-3  # the clip has an effect,
+    assert distances(for_all, alone).min() > 1e-3  # and one for all another one
+
+
+def test_clipping_works_for_scalar_parameters():
+    p = nn.Parameter(torch.ones(3))  # one number a member
+    p.grad = torch.tensor([4.0, 0.5, torch.nan])
+    clip_each([p], 1.0)
+    torch.testing.assert_close(p.grad[:2], torch.tensor([1.0, 0.5]))
+
+
+def test_the_mean_is_a_smaller_rate_and_a_larger_decay_for_sgd(models, data):
+    wrong = train_together(models, data, sgd, total=torch.mean)
+
+    def equivalent(params):
+        return sgd(params, 0.3 / NUM_MODELS, 1e-2 * NUM_MODELS)
+
+    assert distances(wrong, train_alone(models, data, equivalent)).max() < 1e-10
+    assert distances(wrong, train_alone(models, data, sgd)).min() > 1e-3
+
+
+def test_the_mean_is_a_larger_eps_for_adam_and_a_larger_decay(models, data):
+    wrong = train_together(models, data, adam, total=torch.mean)
+
+    def larger_eps(params):
+        return adam(params, eps=1e-8 * NUM_MODELS)
+
+    assert distances(wrong, train_alone(models, data, larger_eps)).max() < 1e-10
+
+    def both(params):
+        weight_decay, eps = 1e-2 * NUM_MODELS, 1e-8 * NUM_MODELS
+        return torch.optim.Adam(params, lr=0.01, weight_decay=weight_decay, eps=eps)
+
+    wrong = train_together(models, data, decayed_adam, total=torch.mean)
+    assert distances(wrong, train_alone(models, data, both)).max() < 1e-10
+
+
+def test_a_member_with_nan_leaves_the_others_as_they_are(models, data):
+    well = train_together(models, data, adam)
+    with torch.no_grad():
+        models[3][0].weight.mul_(torch.nan)
+    ill = train_together(models, data, adam)
+    apart = distances(ill, well)
+    assert apart[3].isnan()
+    assert apart[[0, 1, 2, 4]].max() < 1e-10
+
+
+def test_adam_written_out_under_vmap_is_adam(models, data):
+    def adam_step(params, means, squares, count, x, y, lr=0.01):
+        grads, loss = grad_and_value(member_loss)(params, x, y)
+        means = {k: 0.9 * means[k] + 0.1 * g for k, g in grads.items()}
+        squares = {k: 0.999 * squares[k] + 0.001 * g**2 for k, g in grads.items()}
+        rate, unbias = lr / (1 - 0.9**count), 1 - 0.999**count
+        steps = {k: means[k] / ((squares[k] / unbias).sqrt() + 1e-8) for k in grads}
+        params = {k: p - rate * steps[k] for k, p in params.items()}
+        return params, means, squares, loss
+
+    params = {name: p.detach() for name, p in stack_module_state(models)[0].items()}
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+    state = params, zeros, zeros
+    counts = torch.arange(1, NUM_STEPS + 1, dtype=torch.float64)
+    for count, x, y in zip(counts, *data, strict=True):
+        *state, _ = vmap(adam_step, in_dims=(0, 0, 0, None, 0, 0))(*state, count, x, y)
+    assert distances(state[0], train_alone(models, data, adam)).max() < 1e-10
