@@ -49,6 +49,7 @@ sphinx_gallery_conf = {
         "tutorials/basics",
         "tutorials/speed",
         "tutorials/training",
+        "tutorials/uncertainty",
         "*",
     ],
     "within_subsection_order": "_ext.reading_order.key",

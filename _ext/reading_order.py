@@ -11,6 +11,10 @@ ORDER = [
     "plot_population.py",
     "plot_state.py",
     "plot_saving.py",
+    "plot_regression.py",
+    "plot_more_members.py",
+    "plot_unknown_inputs.py",
+    "plot_from_many_to_few.py",
 ]
 
 
