@@ -123,6 +123,20 @@ def test_page_fits_and_is_accessible_in_every_theme_and_width(visit, name):
             assert not faults(page), f"{theme}, {width} pixels wide"
 
 
+FIRST_ANSWER = r"""() => {
+    const cells = [...document.querySelectorAll('.highlight-Python')];
+    const words = /^def |vmap\(|stack_module_state\(/m;
+    const first = cells.find(cell => words.test(cell.innerText));
+    return first.getBoundingClientRect().top + window.scrollY;
+}"""
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=name_of)
+def test_the_lines_to_copy_begin_on_the_first_two_screens(visit, tutorial):
+    page = visit(f"auto_tutorials/{name_of(tutorial)}.html")
+    assert page.evaluate(FIRST_ANSWER) < 2 * 900
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_figures_follow_the_theme_and_not_the_system(visit, theme):
     system_theme = {"light": "dark", "dark": "light"}[theme]

@@ -222,7 +222,7 @@ ax.set_title(
 bar = fig.colorbar(mesh, extend="max", label="final validation loss")
 bar.set_ticks([0.2, 0.5, 1, math.log(10)], labels=["0.2", "0.5", "1", "guess"])
 bar.minorticks_off()
-_ = ax.legend(loc="lower left")
+_ = fig.legend(loc="outside lower center", ncols=2)
 fig.set_label(
     "Heat map of the final validation loss by weight decay and learning rate. "
     f"The lowest mean, {mean[best]:.2f}, is at {chosen}. "

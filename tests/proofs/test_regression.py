@@ -1,0 +1,177 @@
+"""What plot_regression.py says in a clause, with small networks and few points."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Normal
+from torch.func import functional_call, stack_module_state, vmap
+
+
+def gaussian_nll(mean, var, y):
+    return 0.5 * ((2 * torch.pi * var).log() + (y - mean) ** 2 / var)
+
+
+def covered(mean, var, y):
+    return ((y - mean).abs() < 1.96 * var.sqrt()).float()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def outputs():
+    mean, y = torch.randn(2, 5, 8, dtype=torch.double)
+    var = torch.rand(5, 8, dtype=torch.double) + 0.1
+    return mean.requires_grad_(), y, var.requires_grad_()
+
+
+def test_pytorchs_loss_is_refused_inside_vmap(outputs):
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        vmap(F.gaussian_nll_loss)(*outputs)
+
+
+def test_pytorchs_loss_outside_vmap_gives_each_member_the_same_gradient(outputs):
+    mean, y, var = outputs
+    written = vmap(lambda m, y, v: (0.5 * (v.log() + (y - m) ** 2 / v)).mean())
+    own = torch.autograd.grad(written(*outputs).sum(), (mean, var))
+    loss = F.gaussian_nll_loss(mean, y, var, reduction="none").mean(dim=1)
+    theirs = torch.autograd.grad(loss.sum(), (mean, var))
+    torch.testing.assert_close(own, theirs, atol=1e-14, rtol=1e-12)
+
+
+def test_the_metrics_are_those_of_a_normal_distribution(outputs):
+    mean, y, var = outputs
+    expected = -Normal(mean, var.sqrt()).log_prob(y)
+    torch.testing.assert_close(gaussian_nll(mean, var, y), expected)
+    mean, var = torch.tensor(2.0), torch.tensor(9.0)
+    share = covered(mean, var, 2 + 3 * torch.randn(100_000)).mean()
+    assert abs(share - 0.95) < 0.003  # four standard errors
+
+
+def test_the_floor_keeps_the_nll_positive():
+    # The page measures an NLL as a distance from 0.
+    floor = torch.tensor(24**2 * 1e-3)
+    assert gaussian_nll(torch.tensor(0.0), floor, torch.tensor(0.0)) > 0
+
+
+def test_averaged_standard_deviations_are_never_wider_than_the_mixture():
+    means, variances = torch.randn(10, 1000), torch.rand(10, 1000)
+    total = variances.mean(0) + means.var(0, correction=0)
+    averaged = variances.sqrt().mean(0) ** 2
+    assert (averaged <= variances.mean(0)).all()
+    assert (averaged < total).all()
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_without_a_floor_the_loss_of_a_point_that_is_met_has_no_minimum(floor):
+    # One point, and a member that passes through it: only the variance can move.
+    raw = torch.arange(0.0, -80.0, -10.0, dtype=torch.double)
+    losses = 0.5 * (F.softplus(raw) + floor).log()
+    assert (losses.diff() <= 0).all()
+    bounded = losses.min() >= 0.5 * math.log(floor or 1e-30)
+    assert bounded == bool(floor)
+
+
+def test_softplus_alone_underflows_to_a_variance_of_zero():
+    var = F.softplus(torch.tensor(-110.0))
+    assert var == 0
+    assert gaussian_nll(torch.tensor(0.0), var, torch.tensor(0.0)).isnan()
+
+
+def net(width):
+    return nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 2))
+
+
+def test_longer_training_makes_the_variances_too_small():
+    x = 8 * torch.rand(8, 40) - 4
+    y, y_new = x**3 + 3 * torch.randn(2, 8, 40)
+    skeleton = net(50)
+    params, _ = stack_module_state([net(50) for _ in x])
+    optimizer = torch.optim.Adam(params.values(), lr=0.03)
+
+    def gaussian(params, x):
+        out = functional_call(skeleton, params, (x[:, None] / 2.3,))
+        return 24 * out[:, 0], 24**2 * (F.softplus(out[:, 1]) + 1e-3)
+
+    shares = []
+    for step in range(1, 801):
+        means, variances = vmap(gaussian)(params, x)
+        optimizer.zero_grad()
+        gaussian_nll(means, variances, y).mean(dim=1).sum().backward()
+        optimizer.step()
+        if step in (100, 800):  # new noise at the same points
+            shares.append(covered(means, variances, y_new).mean())
+    assert shares[1] < shares[0] - 0.05
+    assert shares[1] < 0.85
+
+
+@pytest.mark.parametrize(
+    ("activation", "rate", "num_members", "num_points"),
+    [(nn.Tanh, 0.01, 10, 40), (nn.ReLU, 0.03, 10, 40), (nn.ReLU, 0.01, 5, 20)],
+)
+def test_ignorance_finds_where_data_end_but_is_no_error_bar(
+    activation, rate, num_members, num_points
+):
+    def build():
+        hidden = [nn.Linear(1, 50), activation(), nn.Linear(50, 50), activation()]
+        return nn.Sequential(*hidden, nn.Linear(50, 2))
+
+    def gaussian(params, x):
+        out = functional_call(skeleton, params, (x[:, None] / 2.3,))
+        return 24 * out[:, 0], 24**2 * (F.softplus(out[:, 1]) + 1e-3)
+
+    x = 8 * torch.rand(20, num_points) - 4
+    y = x**3 + 3 * torch.randn(20, num_points)
+    skeleton, whose = build(), torch.arange(20).repeat_interleave(num_members)
+    params, _ = stack_module_state([build() for _ in whose])
+    optimizer = torch.optim.Adam(params.values(), lr=rate)
+    for _ in range(200):
+        means, variances = vmap(gaussian)(params, x[whose])
+        optimizer.zero_grad()
+        gaussian_nll(means, variances, y[whose]).mean(dim=1).sum().backward()
+        optimizer.step()
+
+    at = torch.linspace(-6, 6, 241)
+    inside = at.abs() <= 4
+    with torch.no_grad():
+        out = vmap(gaussian, in_dims=(0, None))(params, at)
+    means, variances = (t.unflatten(0, (20, -1)) for t in out)
+    ignorance = means.var(1, correction=0)
+
+    def found(signal):
+        limit = signal[:, inside].quantile(0.95, dim=1, keepdim=True)
+        return (signal[:, ~inside] > limit).float().mean(1)
+
+    assert (found(ignorance) > found(variances[:, 0])).sum() >= 15
+    assert found(ignorance).median() > 0.8
+    var = variances.mean(1) + ignorance
+    hit = covered(means.mean(1), var, at**3 + 3 * torch.randn(20, 241))
+    assert hit[:, ~inside].mean() < 0.8
+
+
+def test_functional_call_takes_the_sizes_from_the_parameters():
+    models = [net(16) for _ in range(3)]
+    params, _ = stack_module_state(models)
+    skeleton = net(4).to("meta")
+    x = torch.randn(7, 1)
+    with torch.no_grad():
+        out = vmap(lambda p: functional_call(skeleton, p, (x,), strict=True))(params)
+        expected = torch.stack([model(x) for model in models])
+    torch.testing.assert_close(out, expected)
+
+
+def test_fifteen_of_twenty_is_one_comparison_in_twenty_four():
+    chance = 2 * sum(math.comb(20, k) for k in range(15, 21)) / 2**20
+    assert round(1 / chance) == 24
+
+
+def test_eps_of_pytorchs_loss_is_a_floor_that_is_not_added():
+    zero = torch.zeros(1)
+    for var, floored in [(4.0, 4.0), (0.25, 1.0)]:
+        loss = F.gaussian_nll_loss(zero, zero, torch.tensor([var]), eps=1.0)
+        assert math.isclose(loss, 0.5 * math.log(floored), abs_tol=1e-7)
