@@ -83,7 +83,9 @@ print("Member 3 went in and came out with the same bits.")
 #
 # - ``params`` and ``buffers``, ready to go on: the parameters come back as leaves that
 #   require gradients, so an optimizer takes them.
-# - ``member``, a ``Net`` like any other, which shares no memory with the stack.
+# - ``member``, a ``Net`` like any other, which shares no memory with the stack. (With
+#   tied weights or non-persistent buffers, ``load_state_dict`` stops at missing or
+#   unexpected keys: take ``Ensemble(models).member(3)`` below.)
 #
 # To save *one* member, save ``member.state_dict()``. The tensors in ``row`` are views,
 # and ``torch.save`` of a view writes all the memory behind it, here that of all ten.
@@ -178,8 +180,8 @@ for name, tensor in ensemble.state_dict().items():
     print(f"{name:33} {list(tensor.shape)}")
 
 # %%
-# Train it, and ask member 3
-# --------------------------
+# Train it like any module
+# ------------------------
 #
 # The ensemble is a module, so ``parameters()`` feeds the optimizer. The loss is the sum
 # of the members' losses (``plot_training.py``). Handwritten digits, 500 to train with:
@@ -242,7 +244,7 @@ with tempfile.TemporaryDirectory() as folder:
 size = len(checkpoint["ensemble"]["stacked.fc1.weight"])  # the file knows: 10
 resumed = Ensemble([Net().to(**float64) for _ in range(size)])
 resumed.load_state_dict(checkpoint["ensemble"])
-resumed_optimizer = torch.optim.Adam(resumed.parameters())
+resumed_optimizer = torch.optim.Adam(resumed.parameters())  # its rate is in the file
 resumed_optimizer.load_state_dict(checkpoint["optimizer"])
 
 # %%
@@ -328,7 +330,7 @@ fig.set_label(
 #
 # ``torch.export`` turns the ensemble into a program that runs without your classes, and
 # computes the same (tested). The second line executes the switches of ``vmap``, which
-# torch 2.11 cannot save. For other batch sizes than this one, see ``dynamic_shapes``.
+# torch 2.11 could not save. For other batch sizes than this one, see ``dynamic_shapes``.
 #
 # .. code-block:: python
 #

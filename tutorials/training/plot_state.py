@@ -242,22 +242,30 @@ print(f"Member 2, alone and among others: logits differ by at most {far:.0e}.")
 # ------------------
 #
 # Set ``requires_grad`` of the stacked tensors, and hand the optimizer the others. (Or
-# freeze the layer in *all* models before you stack them; a mixture is refused.) If all
-# members start from one pretrained layer, keep a single copy and share it by ``None``:
+# freeze the layer in *all* models before you stack them; a mixture is refused.)
 
-frozen = {name: p[0].detach() for name, p in params.items() if name.startswith("fc1.")}
-trained = {name: p for name, p in params.items() if name not in frozen}
-optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+for name, p in params.items():
+    p.requires_grad_(not name.startswith("fc1."))
+optimizer = torch.optim.SGD([p for p in params.values() if p.requires_grad], lr=0.1)
 
-in_dims = dict.fromkeys(frozen, None) | dict.fromkeys(trained, 0)
-logits = ensemble(skeleton, in_dims=(in_dims, 0, 0))(frozen | trained, buffers, x)
+together = ensemble(skeleton.train(), randomness="different")
+logits = together(params, buffers, minibatches[0])
 logits.square().mean(dim=(1, 2)).sum().backward()
 optimizer.step()
-
-for name, p in (frozen | trained).items():
+for name, p in params.items():
     print(f"{name:12} {list(p.shape)!s:12}", "frozen" if p.grad is None else "trained")
 
 # %%
+# If all members start from **one** pretrained layer, keep a single copy and share it.
+# Only then: here ``p[0]`` would give every member the layer of member 0.
+#
+# .. code-block:: python
+#
+#     shared = {name: p[0].detach() for name, p in params.items() if "fc1." in name}
+#     own = {name: p for name, p in params.items() if name not in shared}
+#     in_dims = dict.fromkeys(shared, None) | dict.fromkeys(own, 0)
+#     logits = ensemble(skeleton, in_dims=(in_dims, 0, 0))(shared | own, buffers, x)
+#
 # - Frozen batch norm also keeps its statistics: ``skeleton.norm.eval()``.
 # - Frozen in *some* members: ``p.register_hook(lambda grad: grad * mask)``, with a mask
 #   of shape ``[4, 1, 1]``, stops their gradients. Momentum and weight decay still move
@@ -331,7 +339,7 @@ for kind, members in {"attributes": plain, "buffers": cured}.items():
 # %%
 # Some layers insist on a number, such as the ``momentum`` of batch norm or the ``p`` of
 # dropout. Group members that share it, with one skeleton and one call for each group.
-# ``BatchNorm1d(momentum=None)`` does not run under ``vmap`` at all.
+# ``BatchNorm1d(momentum=None)`` runs under ``vmap`` in eval mode only.
 #
 # The mistake: eval mode on the models
 # ------------------------------------

@@ -6,8 +6,8 @@ Train networks that predict a mean and a variance, all in one call of
 ``torch.func.vmap``, and split the variance of their ensemble into noise and ignorance.
 
 **In short.** Each member minimizes the Gaussian negative log likelihood; the variance
-of the ensemble is the mean of the members' variances (**noise**) plus the variance of
-their means (**ignorance**). Members agree where the data tell them what to predict and
+of the ensemble is the mean of the members' variances (**noise**, aleatoric) plus the variance of
+their means (**ignorance**, epistemic). Members agree where the data tell them what to predict and
 are free to disagree elsewhere, but nothing promises that they disagree enough.
 
 Before you start, read ``plot_training.py``: it explains the loop that trains a stack.
@@ -18,6 +18,7 @@ Before you start, read ``plot_training.py``: it explains the loop that trains a 
 # ------
 
 import copy
+from math import comb
 
 import matplotlib.pyplot as plt
 import torch
@@ -245,8 +246,8 @@ for metric, name, ideal in [(gaussian_nll, "NLL", 0), (covered, "coverage", 0.95
 # %%
 # Medians over the data sets, with quartiles in brackets. Comparisons are paired, set by
 # set, and closer to the ideal is better: 1 for the share found, 0.95 for coverage, an
-# NLL as low as can be. By chance alone, one side leads in 15 or more of 20 sets once in
-# 24 comparisons; with fewer we say that there is no difference.
+# NLL as low as can be. A sign test decides, without ties: where chance alone would lead
+# as far in more than one comparison of 20, the verdict is "undecided".
 
 shares = scores["points outside found", 1].items()
 shares = ", ".join(f"{way} {value.quantile(0.5):.0%}" for way, value in shares)
@@ -258,7 +259,9 @@ for (measure, ideal), values in scores.items():
         theirs, ours = ((v - ideal).abs() for v in (value, values["ensemble"]))
         wins, losses = (ours < theirs).sum(), (ours > theirs).sum()
         verdict = "better" if wins > losses else "worse"
-        verdict = verdict if max(wins, losses) >= 15 else "no difference"
+        n, k = int(wins + losses), int(max(wins, losses))
+        chance = 2 * sum(comb(n, i) for i in range(k, n + 1)) / 2**n
+        verdict = verdict if chance < 0.05 else "undecided"
         end = f"; ensemble: {verdict} ({wins} to {losses})"
         end = "" if way == "ensemble" else end
         print(f"  {way:12} {mid:6.2f} ({low:.2f} to {high:.2f}){end}")
