@@ -190,7 +190,7 @@ print(f"float64: {error:.1e} apart, so loop and vmap are the same function")
 # %%
 # **Where 1e-6 fails in float32**, nothing need be wrong: compare the distance with the
 # derived tolerance. **Where it passes**, the logits are small, or both sides happened
-# to add in the same order. The last line is the proof.
+# to add in the same order. The last line is the proof, for these inputs.
 #
 # Where the three lines come from
 # -------------------------------
@@ -235,7 +235,7 @@ def moves(params, name):
 layers = {n: p[0].numel() for n, p in fresh.items() if n.endswith("weight")}
 moved = {}
 print("wrong weights that move a logit, of 48, and how many of these are noticed by")
-print("state   layer        of all  move a logit  float64  float32     TF32")
+print("state   layer        of all  move a logit  float64  float32  TF32 tolerance")
 for state, params in states.items():
     bounds = 1e-10, limits[state, "float32"], limits[state, "float16"]  # u of TF32
     for name, size in layers.items():
@@ -353,13 +353,14 @@ assert error <= 1e-10, f"vmap trains other weights, {error:.1e} apart"
 #
 # ``numpy.testing.assert_allclose`` has ``atol=0`` unless you say otherwise:
 
-loop, one_call = (logits.cpu().numpy() for logits in pairs["fresh", "float32"])
+in_loop, in_one = (logits.cpu().numpy() for logits in pairs["fresh", "float32"])
 try:
-    np.testing.assert_allclose(one_call, loop, rtol=1e-5)
+    np.testing.assert_allclose(in_one, in_loop, rtol=1e-5)
 except AssertionError as problem:
     print(*str(problem).split("\n")[1:4], sep="\n")
-worst = (abs(one_call - loop) / abs(loop)).argmax()
-print(f"worst: a logit of {loop.flat[worst]:.0e}; the largest is {abs(loop).max():.0e}")
+worst = (abs(in_one - in_loop) / abs(in_loop)).argmax()
+size = abs(in_loop).max()
+print(f"worst: a logit of {in_loop.flat[worst]:.0e}; the largest is {size:.0e}")
 
 # %%
 # The worst is a logit near zero. Give an ``atol`` that knows the largest one.

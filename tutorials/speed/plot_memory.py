@@ -181,8 +181,8 @@ def stack_one_at_a_time(make_model, num_models):
 # ---------------------------------
 #
 # PyTorch's allocator knows every byte that it hands out, including what an operator
-# needs only while it runs. On a GPU it keeps statistics; on a CPU the profiler records
-# each change.
+# needs only while it runs. On an NVIDIA GPU it keeps statistics; on a CPU the profiler
+# records each change.
 
 
 def peak_mb(call):
@@ -240,7 +240,7 @@ def peak_of(size, chunk_size=None):
 n, budget = num_models // 3, 20 * num_models  # MB
 first, second, ones = peak_of(n), peak_of(2 * n), peak_of(num_models, chunk_size=1)
 per_member = (second - first) / n
-fits = n + int((budget - first) / per_member)
+fits = n + int((budget - first) // per_member)
 chunk_size = max(1, 1 + int((budget - ones) / per_member))
 print(f"{per_member:.1f} MB a member; {fits} fit into {budget} MB")
 for size, chunk in [(fits, None), (num_models, chunk_size), (num_models, None)]:
@@ -259,8 +259,9 @@ assert 0.5 < measured / forecast < 2, "the forecast is off by more than a factor
 # PyTorch keeps for later does not count as free; then ``torch.cuda.mem_get_info()``
 # says what is. Leave a margin: free memory in pieces does not hold a large tensor.
 #
-# bfloat16 halves the tensors. Activation checkpointing works around ``vmap``, as in
-# ``checkpoint(vmap(f), ..., use_reentrant=False)`` with a plain backward, not inside.
+# With parameters and inputs in ``bfloat16`` each tensor takes half as much. Put
+# activation checkpointing outside of ``vmap``, never inside:
+# ``checkpoint(vmap(f), ..., use_reentrant=False)``, with a plain backward.
 #
 # The price in time
 # -----------------
@@ -305,7 +306,8 @@ for name, style in {"loop": "s", "grad": "o-", "backward": "^--"}.items():
     ms, mb = [times[way].median * 1e3 for way in here], [peaks[way] for way in here]
     ax.plot(ms, mb, style, label=name)
     for way, *dot in zip(here, ms, mb, strict=True):
-        ax.annotate(way[1], dot, (4, 6), textcoords="offset points")
+        shift = (-12, -10) if name == "backward" else (4, 6)
+        ax.annotate(way[1], dot, shift, textcoords="offset points")
 ax.margins(x=0.15)
 ax.set(xlim=0, ylim=(0, 1.15 * max(peaks.values())))
 ax.set(xlabel="time of one call [ms]", ylabel="peak memory [MB]")
@@ -375,7 +377,8 @@ fig.set_label(f"Memory in use over time; {', '.join(note.splitlines())}.")
 
 # %%
 # Activations stay, because the way back reads them, and its gradients come on top
-# (``Backward0``; ``Addmm`` is a linear layer). Times are the CPU's; a GPU works later.
+# (names in ``Backward0``; ``Addmm`` is a linear layer). Times are those of the CPU; a
+# GPU works later.
 #
 # Remember
 # --------

@@ -193,10 +193,10 @@ conv = {way: sum(t for op, t in times[way].items() if "conv" in op) for way in w
 whole, chunked = (conv[way] / conv["loop"] for way in ("vmap", "chunk_size=2"))
 print(f"The convolution, loop = 1: vmap {whole:.2f}, chunk_size=2 {chunked:.2f}")
 if whole < 1.25:
-    print("Grouped, it takes about the loop's time, or less.")
+    print("Grouped, it takes about the loop's time.")
 elif chunked < 1.25:
-    print("In chunks, still grouped, it is back at the loop's time: the size of")
-    print("the results, not the groups, is the price.")
+    print("In chunks, still grouped, it is near the loop's time: the size of")
+    print("the results, more than the groups, is the price.")
 else:
     print("It stays slow in chunks: blame the groups, at least in part.")
 
@@ -239,7 +239,7 @@ fig.set_label(f"Stacked bars of {', '.join(ways)}, milliseconds: {'; '.join(rows
 # -------------------------------
 #
 # The largest activation here has 94 MB. The allocator of Linux (glibc) takes blocks
-# above 32 MiB from the system and gives them back, every time. The system fills each
+# above 32 MiB from the system and gives them back, every time. Linux usually fills each
 # page of 4 KiB with zeros when it is first written: a *page fault*, 23,000 of them for
 # 94 MB, inside of the operator that writes. One addition, into fresh and kept memory:
 
@@ -291,8 +291,8 @@ for name, function in {"fused": fused, "matmul and softmax": attention}.items():
 
 # %%
 # **Write such a layer from operators that have rules**, as ``attention`` does. Around a
-# layer that you cannot change, ``nn.TransformerEncoderLayer`` in training,
-# ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` does it (tested). On NVIDIA GPUs
+# layer that you cannot change, ``nn.TransformerEncoderLayer`` in training, put
+# ``sdpa_kernel(SDPBackend.MATH)`` of ``torch.nn.attention`` (tested). On NVIDIA GPUs
 # attention has a rule forward (pytorch#133964); those for backward were still proposed
 # in 2026 (pytorch#176265). Make the warning an error in your tests:
 #
@@ -303,7 +303,7 @@ for name, function in {"fused": fused, "matmul and softmax": attention}.items():
 # An LSTM or a GRU
 # ----------------
 #
-# ``vmap`` refuses ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``. Keep the modules with their
+# ``vmap`` refuses ``nn.LSTM`` and ``nn.GRU``. Keep the modules with their
 # initialization or trained weights, and write the cell out, for any number of layers:
 
 

@@ -55,11 +55,11 @@ def in_turns(*functions):  # so that what slows the machine slows all; five valu
 
 
 def compare(build, num_models, batch, shape, chunk_size=None):
-    models = [build().to(device) for _ in range(num_models)]
+    models = [build().to(device).eval() for _ in range(num_models)]
     params, buffers = stack_module_state(models)  # once, outside of what is timed
     minibatches = torch.randn(num_models, batch, *shape, device=device)
     with torch.device("meta"):
-        skeleton = build()
+        skeleton = build().eval()
 
     def predict(params, buffers, x):
         return functional_call(skeleton, (params, buffers), (x,), strict=True)
@@ -83,18 +83,20 @@ print(f"vmap is {max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower
 print(f"loop {1e3 * loop_time.median:.2f} ms, vmap {1e3 * vmap_time.median:.2f} ms")
 
 # %%
-# That was a forward pass in IEEE float32 without autograd; the timer warms up itself.
-# **If vmap is slower**, compile the loop (``plot_fastest_ensemble.py``).
+# That was a forward pass in evaluation mode, in IEEE float32, without autograd; the
+# timer warms up itself. **If vmap is slower**, look for the reason among those below;
+# networks that fill the machine run fastest in a compiled loop
+# (``plot_fastest_ensemble.py``).
 #
 # **The rule of thumb**: divide the loop's time by the number of models and of layers.
 
 us = 1e6 * loop_time.median / num_models
-layers = len(mlp())
+layers = sum(not list(m.children()) for m in mlp().modules())
 print(f"loop: {us:.0f} us a model, {us / layers:.1f} us for each of {layers} layers")
 
 # %%
 # So tiny a layer is nearly all overhead. Near this time a layer, one call removes most
-# of it; at ten times as much, the machine computes, and little can be removed.
+# of it; at ten times as much, the machine mostly computes, and little is left to gain.
 #
 # Why one call can win: it pays the overhead once
 # -----------------------------------------------
@@ -156,8 +158,8 @@ def compare_training(build, num_models, batch, shape):
 
 curves = {"forward pass": {}, "training step": {}}
 for n in [1, 2, 3, 4, 6, 8, 16, 64, 256]:
-    curves["forward pass"][n] = compare(mlp, n, batch, [16])
-    curves["training step"][n] = compare_training(mlp, n, batch, [16])
+    curves["forward pass"][n] = compare(mlp, n, batch, shape)
+    curves["training step"][n] = compare_training(mlp, n, batch, shape)
 
 for task, curve in curves.items():
     ratios = {n: a.median / b.median for n, (a, b) in curve.items()}
@@ -197,13 +199,13 @@ fig.set_label(
 counts, batches = [1, 4, 16, 64, 256, 1024], [1, 8, 64, 512]
 if device.type != "cpu":
     counts, batches = [*counts, 4096], [1, 16, 256, 4096]
-grid = {(n, b): compare(mlp, n, b, [16]) for n in counts for b in batches}
+grid = {(n, b): compare(mlp, n, b, shape) for n in counts for b in batches}
 
 gains = torch.tensor([a.median / b.median for a, b in grid.values()])
 gains = gains.view(len(counts), len(batches))
 for b, column in zip(batches, gains.T, strict=True):
     faster = f"{(column > 1).sum()} of {len(counts)}"
-    print(f"batch {b}: {column.max():.2g}x at best, vmap faster in {faster} cells")
+    print(f"batch {b}: {column.max():.2g}x at best, vmap faster in {faster} rows")
 spreads = torch.tensor([t.iqr / 2 / t.median for pair in grid.values() for t in pair])
 print(f"typical spread: ±{spreads.median():.0%} of a time")
 
@@ -281,7 +283,7 @@ def report(label, loop_time, vmap_time):
 n, b = counts[-1], batches[-1]
 chunk_size = 32 if device.type == "cpu" else 1024
 report("all at once", *grid[n, b])
-report(f"in chunks of {chunk_size}", *compare(mlp, n, b, [16], chunk_size))
+report(f"in chunks of {chunk_size}", *compare(mlp, n, b, shape, chunk_size))
 
 # %%
 # If chunks are faster, memory was the reason, and ``plot_memory.py`` helps to choose
@@ -301,8 +303,8 @@ networks = {
     f"MLP, width {wide}": (lambda: mlp(wide), [16]),
     "CNN": (cnn, [1, 28, 28]),
 }
-for label, (build, shape) in networks.items():
-    times = compare(build, 16, 16, shape)
+for label, (build, one_input) in networks.items():
+    times = compare(build, 16, 16, one_input)
     us = 1e6 * times[0].median / 16 / len(build())
     report(f"{label}, {us:.0f} us a layer", *times)
 

@@ -8,8 +8,8 @@ indexed copy of each stacked tensor.
 
 **In short.** Train all members as one stack, each at its own rate; every few steps,
 index each stacked tensor with the members to continue from, and change the settings of
-the copies at random. Whether that beats fixed settings is a paired question, answered
-here over sixteen populations.
+the copies at random (with batch norm, the rows of ``buffers`` too). It spares you the
+search for a learning rate; do not expect it to beat a rate that was chosen well.
 
 Before: ``plot_hyperparameter_sweep.py`` gives each model its own learning rate.
 """

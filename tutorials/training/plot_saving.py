@@ -330,7 +330,7 @@ fig.set_label(
 #
 # ``torch.export`` turns the ensemble into a program that runs without your classes, and
 # computes the same (tested). The second line executes the switches of ``vmap``, which
-# torch 2.11 could not save. For other batch sizes than this one, see ``dynamic_shapes``.
+# torch 2.11 could not save. For other batch sizes, see ``dynamic_shapes``.
 #
 # .. code-block:: python
 #

@@ -6,9 +6,10 @@ Train networks that predict a mean and a variance, all in one call of
 ``torch.func.vmap``, and split the variance of their ensemble into noise and ignorance.
 
 **In short.** Each member minimizes the Gaussian negative log likelihood; the variance
-of the ensemble is the mean of the members' variances (**noise**, aleatoric) plus the variance of
-their means (**ignorance**, epistemic). Members agree where the data tell them what to predict and
-are free to disagree elsewhere, but nothing promises that they disagree enough.
+of the ensemble is the mean of the members' variances (**noise**, aleatoric) plus the
+variance of their means (**ignorance**, epistemic). Members agree where the data tell
+them what to predict and are free to disagree elsewhere, but nothing promises that they
+disagree enough.
 
 Before you start, read ``plot_training.py``: it explains the loop that trains a stack.
 """

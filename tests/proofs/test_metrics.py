@@ -1,0 +1,178 @@
+"""The metrics of the uncertainty pages, against scikit-learn and torchmetrics."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, roc_curve
+
+PAGES = Path(__file__).parents[2] / "tutorials" / "uncertainty"
+METRICS = {"nll", "brier", "calibration_error", "entropy", "mutual_information"}
+METRICS |= {"auroc", "fpr_at_95"}
+HELPERS = {"check", "check_probs", "check_scores"}
+
+
+def definitions():
+    """Texts of each metric, by name and page."""
+    found = {}
+    for page in sorted(PAGES.glob("plot_*.py")):
+        text = page.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name in METRICS | HELPERS:
+                source = ast.get_source_segment(text, node)
+                found.setdefault(node.name, {})[page.name] = source
+    return found
+
+
+TEXTS = definitions()
+NAMESPACE = {"torch": torch, "F": F}
+for texts in TEXTS.values():
+    exec(next(iter(texts.values())), NAMESPACE)
+
+
+def metric(name):
+    if name not in TEXTS:
+        pytest.skip(f"no page defines {name}")
+    return NAMESPACE[name]
+
+
+def predictions(kind):
+    """Probabilities in float64, and labels."""
+    torch.manual_seed(0)
+    n, classes = {"two": (300, 2), "one image": (1, 4)}.get(kind, (400, 10))
+    logits = 3 * torch.randn(n, classes, dtype=torch.float64)
+    logits = {"uniform": 0 * logits, "extreme": 20 * logits}.get(kind, logits)
+    return logits.softmax(dim=-1), torch.randint(classes, (n,))
+
+
+KINDS = ["random", "two", "one image", "uniform", "extreme"]
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_equal_names_have_equal_text(name):
+    assert len(set(TEXTS[name].values())) == 1, list(TEXTS[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nll_is_log_loss(kind):
+    probs, labels = predictions(kind)
+    classes = range(probs.shape[1])
+    probs = probs.clamp(min=1e-12)  # scikit-learn clips where we return infinity
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    expected = log_loss(labels.numpy(), probs.numpy(), labels=classes)
+    assert metric("nll")(probs, labels).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_nll_of_an_impossible_label_is_infinite():
+    probs = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    assert metric("nll")(probs, torch.tensor([1, 0])) == torch.inf
+    assert metric("nll")(probs[:1], torch.tensor([0])) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_brier_is_that_of_scikit_learn(kind):
+    probs, labels = predictions(kind)
+    by_hand = np.mean(
+        ((probs.numpy() - np.eye(probs.shape[1])[labels.numpy()]) ** 2).sum(1)
+    )
+    expected = brier_score_loss(
+        labels.numpy(), probs.numpy(), labels=range(probs.shape[1]), scale_by_half=False
+    )
+    brier = metric("brier")(probs, labels).item()
+    assert brier == pytest.approx(expected, rel=1e-9)
+    assert brier == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_bins", [1, 7, 15])
+@pytest.mark.parametrize("kind", ["random", "two", "one image"])
+def test_calibration_error_is_that_of_torchmetrics(kind, num_bins):
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    probs, labels = predictions(kind)
+    expected = multiclass_calibration_error(probs, labels, probs.shape[1], num_bins)
+    found = metric("calibration_error")(probs, labels, num_bins=num_bins)
+    torch.testing.assert_close(
+        found, expected.to(found), rtol=0, atol=1e-6
+    )  # it has float32
+
+
+def test_calibration_error_at_the_borders_of_bins():
+    # Bins are closed above (Guo 2017); torchmetrics closes them below, 1 is its own.
+    error = metric("calibration_error")
+    probs = torch.tensor([[1.0, 0.0], [0.95, 0.05]], dtype=torch.float64)
+    assert error(probs, torch.tensor([0, 0])).item() == pytest.approx(0.025)
+    assert error(probs[:1], torch.tensor([1])) == 1
+    even = torch.full((4, 2), 0.5, dtype=torch.float64)
+    assert error(even, torch.tensor([0, 0, 1, 1])) == 0  # as calibrated as useless
+
+
+LOGITS, NAN = torch.randn(5, 3), torch.full((5, 3), torch.nan)
+THIRDS, RIGHT = torch.full((5, 3), 1 / 3), torch.tensor([0, 1, 2, 0, 1])
+BAD = {
+    "logits": (LOGITS, RIGHT),
+    "log probabilities": (LOGITS.log_softmax(dim=-1), RIGHT),
+    "NaN": (NAN, RIGHT),
+    "sum of members": (2 * THIRDS, RIGHT),
+    "negative": (torch.tensor([[1.5, -0.5, 0.0]] * 5), RIGHT),
+    "label too large": (THIRDS, RIGHT + 1),
+    "label negative": (THIRDS, RIGHT - 1),
+    "labels of another length": (THIRDS, RIGHT[:4]),
+    "labels in a column": (THIRDS, RIGHT[:, None]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", ["nll", "brier", "calibration_error"])
+def test_bad_input_is_refused(name, bad):
+    with pytest.raises(ValueError, match="must be"):
+        metric(name)(*BAD[bad])
+
+
+def test_entropy_and_mutual_information_on_known_cases():
+    entropy = metric("entropy")
+    sure, even = torch.eye(4, dtype=torch.float64), torch.full((4, 4), 0.25).double()
+    assert entropy(sure).abs().max() == 0
+    torch.testing.assert_close(entropy(even).exp(), torch.full((4,), 4.0).double())
+    probs, _ = predictions("random")
+    expected = torch.distributions.Categorical(probs=probs).entropy()
+    torch.testing.assert_close(entropy(probs), expected)
+    information = metric("mutual_information")
+    agree = torch.stack([probs, probs])
+    torch.testing.assert_close(information(agree), 0 * expected, rtol=0, atol=1e-12)
+    apart = torch.stack([sure, sure.roll(1, dims=1)])
+    torch.testing.assert_close(information(apart).exp(), torch.full((4,), 2.0).double())
+
+
+def known_and_unknown(kind):
+    torch.manual_seed(1)
+    known, unknown = torch.randn(300).double(), torch.randn(200).double() + 1
+    if kind == "ties":
+        known, unknown = known.round(), unknown.round()
+    return known, unknown
+
+
+@pytest.mark.parametrize("kind", ["random", "ties"])
+def test_auroc_and_fpr_are_those_of_scikit_learn(kind):
+    known, unknown = known_and_unknown(kind)
+    truth = np.r_[np.zeros(len(known)), np.ones(len(unknown))]
+    scores = torch.cat([known, unknown]).numpy()
+    found = metric("auroc")(known, unknown).item()
+    assert found == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
+    assert 0 <= metric("fpr_at_95")(known, unknown) <= 1
+    if kind == "random":  # one score more or less at the threshold: 1 / 300
+        accepted, passed, _ = roc_curve(1 - truth, -scores, drop_intermediate=False)
+        expected = np.interp(0.95, passed, accepted)
+        found = metric("fpr_at_95")(known, unknown).item()
+        assert found == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["auroc", "fpr_at_95"])
+def test_scores_of_one_class_only_or_nan_are_refused(name):
+    known, _ = known_and_unknown("random")
+    for bad in (known[:0], torch.tensor([torch.nan, 1.0])):
+        for pair in ((known, bad), (bad, known)):
+            with pytest.raises(ValueError, match="scores"):
+                metric(name)(*pair)

