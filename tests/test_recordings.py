@@ -14,7 +14,6 @@ from conftest import (
     GPU,
     MACHINE,
     ROOT,
-    SVG,
     build,
     environment,
     imagine,
@@ -311,8 +310,12 @@ def test_the_recordings_of_this_repository_are_of_its_pages():
 
 def test_the_picture_of_the_readme_is_a_recorded_one():
     (name,) = re.findall(r"!\[.*\]\((.*)\)", (ROOT / "README.md").read_text())
-    picture = (ROOT / name).read_text()
-    recorded = [path.read_text() for path in (ROOT / "recordings").rglob("*.ipynb")]
-    lines = json.dumps(picture.splitlines(keepends=True))[1:-1].split(", ")
-    assert any(all(line in text for line in lines[:200]) for text in recorded)
-    assert SVG not in picture
+    picture = (ROOT / name).read_text().splitlines(keepends=True)
+    recorded = [
+        output["data"]["image/svg+xml"]
+        for path in (ROOT / "recordings").rglob("*.ipynb")
+        for cell in json.loads(path.read_text())["cells"]
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "display_data"
+    ]
+    assert picture in recorded, f"copy the newly recorded figure to {name}"
