@@ -18,9 +18,6 @@ Before you start: the `PyTorch basics
 # %%
 # Set-up
 # ------
-#
-# NVIDIA GPUs since 2020 compute convolutions in TF32 by default, to about three decimal
-# digits. To compare results we ask for full float32 ("IEEE").
 
 import matplotlib.pyplot as plt
 import torch
@@ -30,7 +27,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.benchmark import Measurement, Timer
 
 torch.manual_seed(0)
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # no TF32, which has 3 digits
 torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 cpu = torch.device("cpu")
@@ -42,8 +39,7 @@ print(f"{name}, torch {torch.__version__}, float32, IEEE")
 # Ten models and their data
 # -------------------------
 #
-# A small CNN for images of digits, ten times, each with its own random weights. The
-# images are noise: neither equality nor speed depends on what they show.
+# A small CNN, ten times, each with its own random weights. The images are noise.
 
 
 class SimpleCNN(nn.Module):

@@ -213,7 +213,7 @@ bars["between operators"] = [
 
 fig, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
 left = [0] * len(ways)
-hatches = ["", "//", "..", "xx", "||", "", "oo"]
+hatches = ["", "//", "--", "xx", "||", "", "++"]
 for i, (op, row) in enumerate(bars.items()):
     color = f"C{i}" if i < len(bars) - 1 else "none"
     look = {"color": color, "edgecolor": "gray", "hatch": hatches[i]}
