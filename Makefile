@@ -6,7 +6,7 @@ NOX = .venv/bin/python -m nox -s
 OLD_PYTHON = "make: $(PYTHON) is Python %d.%d; this site needs 3.11 or newer. Try: make PYTHON=python3.12"
 NO_BROWSER = "make test needs Chromium, which could not be downloaded here. Install it: apt install chromium"
 
-.PHONY: html html-noplot test serve linkcheck lint clean help record recordings
+.PHONY: html html-noplot test audit serve linkcheck lint clean help record recordings
 .DEFAULT_GOAL := html
 
 html: .venv/ready
@@ -24,6 +24,9 @@ serve: .venv/ready
 record: .venv/ready
 	@$(NOX) record -- $(PAGES) $(if $(MACHINE),--machine '$(MACHINE)')
 
+audit: .venv/ready
+	@$(NOX) audit -- $(PAGES)
+
 html-noplot recordings linkcheck lint clean: .venv/ready
 	@$(NOX) $@
 
@@ -34,6 +37,7 @@ help:
 	@echo "make record [PAGES=...]    execute pages, record them in recordings/"
 	@echo "make recordings            show what is recorded where, and what is outdated"
 	@echo "make test [ARGS=...]       lint and every test; ARGS go to pytest"
+	@echo "make audit [PAGES=words]   Lighthouse and html-validate on _build/html (npx)"
 	@echo "make serve [PORT=8000]     serve _build/html on this machine"
 	@echo "make linkcheck             follow every external link (needs the network)"
 	@echo "make lint                  check code, spelling and reStructuredText"

@@ -1,5 +1,6 @@
 """Sphinx settings of Many Models, One Call."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,16 @@ extensions = [
     "_ext.page_links",
     "_ext.fold",
     "_ext.formulas",
+    "_ext.search_words",
+    "_ext.pictures",
+    "_ext.sharing",
+    "_ext.light",
 ]
+templates_path = ["_templates"]
+
+# Where the site and its sources stand, if they do: links and cards that need it.
+html_baseurl = os.environ.get("SITE_URL", "")
+repository = os.environ.get("REPOSITORY", "")
 
 # tutorials/ holds sources that Sphinx-Gallery turns into auto_tutorials/.
 exclude_patterns = [
@@ -50,6 +60,8 @@ sphinx_gallery_conf = {
         "tutorials/speed",
         "tutorials/training",
         "tutorials/uncertainty",
+        "tutorials/scale",
+        "tutorials/beyond",
         "*",
     ],
     "within_subsection_order": "_ext.reading_order.key",
@@ -63,6 +75,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,  # its tables load scripts from other hosts
     "download_all_examples": False,
+    "css": ("sg_gallery",),
     "plot_gallery": "True",  # a string, so that -D plot_gallery=0 is no type error
 }
 
@@ -71,12 +84,14 @@ copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre"
 
 html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
+html_context = {"default_mode": "auto"}
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_favicon = "_static/logo.svg"
 html_show_sourcelink = False  # it would show generated rST, not the script
 html_copy_source = False
+html_scaled_image_link = False  # sizes of images are there to keep their places free
 html_use_index = False
 html_sidebars = {"index": []}
 html_theme_options = {
@@ -87,7 +102,7 @@ html_theme_options = {
     },
     "navbar_end": ["theme-switcher"],
     "secondary_sidebar_items": {
-        "auto_tutorials/**": ["page-toc", "sg_download_links"],
+        "auto_tutorials/**": ["page-toc", "sg_download_links", "on-github"],
         "index": [],
     },
     "footer_start": ["copyright"],

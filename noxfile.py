@@ -118,13 +118,26 @@ def serve(session):
 
 
 @nox.session
+def audit(session):
+    """Lighthouse and html-validate on _build/html (needs npx); -- words of pages."""
+    session.run(sys.executable, "tests/audit.py", *session.posargs)
+
+
+@nox.session
 def lint(session):
-    """Check code, spelling and reStructuredText."""
+    """Check code, spelling, reStructuredText and the settings of hosts."""
     session.run(sys.executable, "-m", "ruff", "check")
     session.run(sys.executable, "-m", "ruff", "format", "--check")
     session.run(sys.executable, "-m", "codespell_lib")
     rst = ["--enable=all", "--disable=line-too-long", "index.rst", "tutorials"]
     session.run(sys.executable, "-m", "sphinxlint", *rst)
+    schemas = {
+        "vendor.github-workflows": ".github/workflows/site.yml",
+        "vendor.readthedocs": ".readthedocs.yaml",
+    }
+    for schema, file in schemas.items():
+        check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
+        session.run(*check, schema, file)
 
 
 @nox.session

@@ -1,13 +1,15 @@
 """What this site knows of Sphinx-Gallery's private ways, all of it.
 
 Its comments, file names and class names in generated pages, and two changes that it
-has no setting for: only what a script prints to stdout stands on its page, and the
-cell of a figure is collapsed in the notebook.
+has no setting for: only what a script prints to stdout stands on its page, and a
+notebook says what it needs, with the cells of figures collapsed.
 """
 
 import re
+import sys
 from pathlib import Path
 
+import nbformat
 from docutils import nodes
 from sphinx.errors import ExtensionError
 from sphinx_gallery import gen_rst
@@ -107,8 +109,6 @@ def keep_stderr_off_pages():
     take_both = tee.set_std_and_reset_position
 
     def take_stdout(self):
-        import sys
-
         take_both(self)
         sys.stderr = self.origs[1]
         return self
@@ -116,23 +116,57 @@ def keep_stderr_off_pages():
     tee.set_std_and_reset_position = take_stdout
 
 
-def collapse_figure_code():
-    """In a downloaded notebook, the code of a figure is closed in JupyterLab's way."""
-    make = gen_rst.jupyter_notebook
+def needs(code):
+    """First line of a notebook: what its page imports, as pip calls it."""
+    names = {"sklearn": "scikit-learn"}
+    imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
+    wanted = sorted(names.get(n, n) for n in imported - sys.stdlib_module_names)
+    return f"# %pip install {' '.join(wanted)}"
 
-    def make_collapsed(*args):
+
+def link_pages(text, address):
+    """In a notebook, the file name of another page leads to the website's page."""
+    places = {
+        path.name: path.relative_to(runner.TUTORIALS) for path in runner.all_pages()
+    }
+
+    def link(match):
+        place = places.get(match[1])
+        if not place:
+            return match[0]
+        page = place.with_suffix(".html").as_posix()
+        return f"[`{match[1]}`]({address}/{GENERATED}/{page})"
+
+    return re.sub(r"`+(plot_\w+\.py)`+", link, text)
+
+
+def prepare_notebooks(app, config):
+    """Downloaded notebooks say what they need, and close the code of figures."""
+    make = gen_rst.jupyter_notebook
+    address = config.html_baseurl.rstrip("/")
+
+    def make_prepared(*args):
         notebook = make(*args)
+        code = ""
         for cell in notebook["cells"]:
-            if cell["cell_type"] == "code" and runner.draws("".join(cell["source"])):
-                cell["metadata"]["jupyter"] = {"source_hidden": True}
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code":
+                code += source + "\n"
+                if runner.draws(source):
+                    cell["metadata"]["jupyter"] = {"source_hidden": True}
+            elif address:
+                cell["source"] = [link_pages(source, address)]
+        first = nbformat.v4.new_code_cell(needs(code))
+        del first["id"]  # Sphinx-Gallery writes format 4.2, which has none
+        notebook["cells"].insert(0, first)
         return notebook
 
-    gen_rst.jupyter_notebook = make_collapsed
+    gen_rst.jupyter_notebook = make_prepared
 
 
 def setup(app):
     keep_stderr_off_pages()
-    collapse_figure_code()
+    app.connect("config-inited", prepare_notebooks)
     app.connect("builder-inited", forget_deleted, priority=99)  # before scripts run
     app.connect("doctree-read", tidy, priority=900)  # after page_head has read the time
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,6 @@
-"""The head of a tutorial's page: where and when it ran, and its description.
+"""The head of a tutorial's page: where and when it ran.
 
-Outputs of another machine, or of another torch, run again by themselves. The first
-paragraph becomes the description that search engines and messengers show.
+Outputs of another machine, or of another torch, run again by themselves.
 """
 
 import re
@@ -40,10 +39,6 @@ def add_head(app, doctree):
         return
     title = next(doctree.findall(nodes.title))
     section = title.parent
-    first = next(n for n in section.children if isinstance(n, nodes.paragraph))
-    description = " ".join(first.astext().split())
-    for key, name in [("name", "description"), ("property", "og:description")]:
-        doctree.insert(0, nodes.meta(**{key: name, "content": description}))
 
     head = nodes.line_block(classes=["ran-on"])
     seconds = gallery.running_time(doctree)

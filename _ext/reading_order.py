@@ -1,6 +1,10 @@
 """The order of the pages within a section. Pages not listed follow by name."""
 
 ORDER = [
+    "plot_ensembling.py",
+    "plot_recipes.py",
+    "plot_what_vmap_refuses.py",
+    "plot_from_functorch.py",
     "plot_when_vmap_pays.py",
     "plot_what_vmap_runs.py",
     "plot_fastest_ensemble.py",
@@ -15,6 +19,10 @@ ORDER = [
     "plot_more_members.py",
     "plot_unknown_inputs.py",
     "plot_from_many_to_few.py",
+    "plot_many_devices.py",
+    "plot_checkpoints.py",
+    "plot_per_sample_gradients.py",
+    "plot_jacobians_and_hessians.py",
 ]
 
 

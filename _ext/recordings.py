@@ -210,8 +210,12 @@ def own_outputs(outputs):
 
 
 def image(path, alt):
+    """A figure; its size keeps its place on the page free until it is loaded."""
     uri = "/" + path.relative_to(runner.ROOT).as_posix()
-    return nodes.image(uri=uri, alt=alt, classes=figures.CLASSES.split())
+    box = re.search(r'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"', path.read_text())
+    width, height = (str(round(float(points) * 4 / 3)) for points in box.groups())
+    size = {"width": width, "height": height, "loading": "lazy"}
+    return nodes.image(uri=uri, alt=alt, classes=figures.CLASSES.split(), **size)
 
 
 def output_nodes(outputs):
@@ -309,8 +313,8 @@ def figures_of(app, tutorial):
 class TutorialFigure(SphinxDirective):
     """``.. tutorial-figure:: basics/plot_x 1``: a tutorial's figure, with a link to it.
 
-    With a tab for each machine that has it. Where none has, a sentence says how to
-    make it.
+    With the last sentence of its alternative text, which says what the run found, and
+    a tab for each machine that has it. Where none has, a sentence says how to make it.
     """
 
     required_arguments = 2
@@ -322,30 +326,18 @@ class TutorialFigure(SphinxDirective):
         entries = []
         for source, drawn in figures_of(self.env.app, tutorial):
             if len(drawn) >= number:
-                figure = nodes.figure("", image(*drawn[number - 1]))
+                path, alt = drawn[number - 1]
+                figure = nodes.figure("", image(path, alt))
                 link, _ = self.parse_inline(f":doc:`{page}`")
                 where = nodes.Text(f", on {runner.describe(source.machine)}.")
-                figure += nodes.caption("", "", nodes.Text("From "), *link, where)
+                found = nodes.strong("", alt.rstrip(".").rpartition(". ")[2] + ".")
+                words = [found, nodes.Text(" From "), *link, where]
+                figure += nodes.caption("", "", *words)
                 entries.append((source, [figure]))
         if not entries:
             text = f"The figure of :doc:`{page}` appears here after ``make html``."
             return self.parse_text_to_nodes(text)
         return entries[0][1] if len(entries) == 1 else [tab_set(entries)]
-
-
-def recorded_thumbnails(app, doctree):
-    """In gallery indexes, a recorded figure stands in for a page that did not run."""
-    for thumbnail in doctree.findall(nodes.image):
-        tutorial = gallery.thumbnail_of(thumbnail)
-        if not tutorial or gallery.executes(app):
-            continue
-        app.env.note_dependency(f"{gallery.GENERATED}/{tutorial}.rst")
-        drawn = [
-            figure for _, drawn in figures_of(app, tutorial) for figure in drawn[:1]
-        ]
-        if drawn:
-            path, _ = drawn[0]
-            thumbnail["uri"] = "/" + path.relative_to(runner.ROOT).as_posix()
 
 
 def setup(app):
@@ -354,5 +346,4 @@ def setup(app):
     app.connect("env-get-outdated", outdated)
     # Before page_head, before Sphinx collects images and downloads, before tidy.
     app.connect("doctree-read", join, priority=301)
-    app.connect("doctree-read", recorded_thumbnails, priority=302)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,7 +14,9 @@ from conftest import GPU, TUTORIALS, name_of
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-PAGES = ["index", "auto_tutorials/index"] + [
+from _ext import search_words
+
+PAGES = ["index", "404", "auto_tutorials/index"] + [
     f"auto_tutorials/{name_of(tutorial)}" for tutorial in TUTORIALS
 ]
 TUTORIAL = "auto_tutorials/basics/plot_ensembling"
@@ -159,11 +161,46 @@ def test_code_has_copy_buttons_and_output_has_none(visit):
     assert page.locator(".sphx-glr-script-out button.copybtn").count() == 0
 
 
-def test_search_finds_the_tutorial(visit):
-    page = visit("search.html?q=stack_module_state")
-    page.locator("#search-results li a").first.wait_for()
-    titles = page.locator("#search-results li a").all_inner_texts()
-    assert "An ensemble of CNNs in one vectorized call" in titles
+WANTED = {
+    "stack_module_state": "basics/plot_ensembling",
+    "vmap slower than for loop": "speed/plot_what_vmap_runs",
+    "different learning rate per model": "training/plot_hyperparameter_sweep",
+    "batch norm vmap": "training/plot_state",
+    "out of memory": "speed/plot_memory",
+    "combine_state_for_ensemble": "basics/plot_from_functorch",
+    "randomness error": "basics/plot_what_vmap_refuses",
+}
+
+
+@pytest.mark.parametrize("typed", WANTED)
+def test_search_finds_the_page_among_the_first_three(visit, typed):
+    page = visit(f"search.html?q={typed.replace(' ', '+')}")
+    results = page.locator("#search-results li a")
+    results.nth(0).wait_for()
+    first = [link.get_attribute("href") for link in results.all()[:3]]
+    assert any(WANTED[typed] in link for link in first), first
+
+
+def test_search_knows_only_phrases_of_pages_that_exist():
+    assert set(search_words.PHRASES) <= {name_of(tutorial) for tutorial in TUTORIALS}
+
+
+def test_the_layout_does_not_shift(visit):
+    page = visit(f"{TUTORIAL}.html")
+    shifts = """() => new Promise(resolve => {
+        const found = [];
+        new PerformanceObserver(list => {
+            found.push(...list.getEntries().map(entry => entry.value));
+        }).observe({type: "layout-shift", buffered: true});
+        setTimeout(() => resolve(found), 500);
+    })"""
+    assert sum(page.evaluate(shifts)) < 0.01
+
+
+def test_the_theme_s_icon_font_is_not_loaded(visit):
+    page = visit(f"{TUTORIAL}.html")
+    names = "performance.getEntriesByType('resource').map(entry => entry.name)"
+    assert not [name for name in page.evaluate(names) if "fa-solid" in name]
 
 
 def test_theme_switch_is_remembered(visit):

@@ -24,7 +24,11 @@ def test_is_the_script_and_runs_in_an_empty_folder(site, tutorial, tmp_path):
             raw = RAW_RST.search(prose)
             assert not raw, f"raw reStructuredText {raw[0]!r} in:\n{cell.source}"
     cells = runner.split(tutorial.read_text(encoding="utf-8"))
-    assert runner.recorded_code(notebook) == runner.code_of(cells)
+    needs, *code = runner.recorded_code(notebook)
+    assert code == runner.code_of(cells)
+    assert len(needs) == 1
+    assert needs[0].startswith("# %pip install ")
+    assert "torch" in needs[0].split()
     folded = [
         cell.source
         for cell in notebook.cells
@@ -40,5 +44,6 @@ def test_is_the_script_and_runs_in_an_empty_folder(site, tutorial, tmp_path):
     )
     client.execute(env=environment())
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    drawn = any("image/png" in output.get("data", {}) for output in outputs)
+    assert drawn == bool(folded)
     assert list(tmp_path.iterdir()) == [], "the notebook left files behind"

@@ -12,7 +12,9 @@ from bs4 import BeautifulSoup
 from conftest import GPU, TUTORIALS, name_of
 
 import runner
-from _ext import reading_order
+from _ext import light, reading_order
+
+ICON_STYLES = (light.THEME / "styles" / "pydata-sphinx-theme.css").read_text()
 
 # Names of torch that tutorials use and PyTorch's documentation has no entry for, and
 # torch.Tensor, which would make a link of every variable that holds one.
@@ -69,7 +71,7 @@ def test_page_really_ran_and_shows_its_recording(page, tutorial):
     assert {"This build", GPU} <= tabs
     cells = runner.split(tutorial.read_text(encoding="utf-8"))
     folded = sum(runner.draws(cell.code) for cell in cells)
-    assert len(page.select("details.figure-code > .highlight-Python")) == folded > 0
+    assert len(page.select("details.figure-code > .highlight-Python")) == folded
     assert "outputs) changed since" not in page.text
 
 
@@ -81,8 +83,10 @@ def test_the_answer_comes_first(page):
 
 def test_figures_are_small_and_have_an_alternative_text(page, html, tutorial):
     figures = page.select("img.tutorial-figure")
-    assert figures
+    assert bool(figures) == runner.draws(tutorial.read_text(encoding="utf-8"))
     for figure in figures:
+        assert figure["loading"] == "lazy"
+        assert int(figure["width"]) > int(figure["height"]) * 0.5, "no size: it jumps"
         alt = figure["alt"]
         assert len(alt.split()) > 8, f"too short to describe a figure: {alt!r}"
         assert "sphx_glr" not in alt
@@ -105,9 +109,42 @@ def test_first_sentence_is_the_description(page):
     assert description == " ".join(first.split())
 
 
+def test_every_page_can_be_found_and_shared(pages, html):
+    titles = [page.title.text for page in pages.values()]
+    assert len(set(titles)) == len(titles), "a tab of the browser tells pages apart"
+    for path, page in pages.items():
+        if path.name == "search.html":
+            continue
+        said = page.select_one("meta[name=description]")["content"]
+        assert len(said) > 30, path
+        assert page.select_one("meta[property='og:description']")["content"] == said
+        assert page.select_one("meta[property='og:title']")["content"]
+        for link in page.select("link[rel=canonical], meta[property='og:image']"):
+            pytest.fail(f"{path}: {link} needs the site's address, which is not set")
+
+
+def test_thumbnails_are_light_and_of_one_size(pages, html):
+    path = html / "auto_tutorials" / "index.html"
+    thumbnails = pages[path].select(".sphx-glr-thumbcontainer img")
+    assert len(thumbnails) == len(TUTORIALS)
+    assert len({(image["width"], image["height"]) for image in thumbnails}) == 1
+    for image in thumbnails:
+        sent = gzip.compress((path.parent / image["src"]).read_bytes())
+        assert len(sent) < 15_000, image["src"]
+
+
+def test_pages_load_only_the_icons_that_they_show(pages, html):
+    used = set()
+    for page in pages.values():
+        for icon in page.select(".fa-solid"):
+            used |= {name.removeprefix("fa-") for name in icon["class"]}
+    used -= {"solid", "lg", "pst-navbar-icon", "theme-switch"}
+    used = {name for name in used if f".fa-{name}{{--fa" in ICON_STYLES}
+    assert used <= set(light.ICONS), "add to ICONS in _ext/light.py"
+
+
 def test_reading_order_names_every_page():
-    pages = {path.name for path in TUTORIALS if path.parent.name != "basics"}
-    assert set(reading_order.ORDER) == pages
+    assert set(reading_order.ORDER) == {path.name for path in TUTORIALS}
 
 
 def test_prose_links_to_other_pages_by_title(pages, html):

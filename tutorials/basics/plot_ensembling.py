@@ -201,7 +201,7 @@ ax.xaxis.minorticks_off()
 ax.legend()
 fig.set_label(
     "Time of one prediction by all models against the number of models, for the loop "
-    f"and for vmap, on logarithmic axes: for {n} models, vmap is {verdict}."
+    f"and for vmap, on logarithmic axes. With {n} models, vmap is {verdict}."
 )
 
 # %%
