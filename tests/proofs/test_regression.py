@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.func import functional_call, stack_module_state, vmap
 
 
@@ -53,10 +53,29 @@ def test_the_metrics_are_those_of_a_normal_distribution(outputs):
     assert abs(share - 0.95) < 0.003  # four standard errors
 
 
-def test_the_floor_keeps_the_nll_positive():
-    # The page measures an NLL as a distance from 0.
-    floor = torch.tensor(24**2 * 1e-3)
-    assert gaussian_nll(torch.tensor(0.0), floor, torch.tensor(0.0)) > 0
+def mixture(means, variances):
+    return means.mean(-2), variances.mean(-2), means.var(-2, correction=0)
+
+
+def test_noise_and_ignorance_add_up_to_the_variance_of_the_mixture(outputs):
+    means, _, variances = outputs
+    mean, noise, ignorance = mixture(means, variances)
+    weights = Categorical(torch.ones_like(means.T))
+    theirs = MixtureSameFamily(weights, Normal(means.T, variances.T.sqrt()))
+    torch.testing.assert_close(mean, theirs.mean)
+    torch.testing.assert_close(noise + ignorance, theirs.variance)
+    wrong = variances.sqrt().mean(-2) ** 2 + ignorance, noise + means.var(-2)
+    for other in wrong:  # averaged standard deviations, division by M - 1
+        assert ((other / theirs.variance - 1).abs() > 1e-4).any()
+
+
+def test_the_truths_own_nll_is_the_entropy_of_the_noise():
+    yardstick = 0.5 * math.log(2 * math.pi * math.e * 3**2)
+    assert math.isclose(yardstick, Normal(0.0, 3.0).entropy(), rel_tol=1e-6)
+    mean, var = torch.zeros(100_000), torch.full((100_000,), 9.0)
+    assert (
+        abs(gaussian_nll(mean, var, 3 * torch.randn(100_000)).mean() - yardstick) < 0.01
+    )
 
 
 def test_averaged_standard_deviations_are_never_wider_than_the_mixture():
@@ -163,6 +182,13 @@ def test_functional_call_takes_the_sizes_from_the_parameters():
         out = vmap(lambda p: functional_call(skeleton, p, (x,), strict=True))(params)
         expected = torch.stack([model(x) for model in models])
     torch.testing.assert_close(out, expected)
+
+
+def test_the_wide_network_has_the_parameters_of_ten_members():
+    def size(width):  # two weights of one input or two outputs, three biases
+        return 2 * width + width * width + width + 2 * width + 2
+
+    assert abs(size(164) / (10 * size(50)) - 1) < 0.01
 
 
 def test_fifteen_of_twenty_is_one_comparison_in_twenty_four():

@@ -1,0 +1,88 @@
+"""What plot_many_devices.py says in a clause, with the functions of that page."""
+
+import torch
+from processes import (
+    WAITING,
+    check_that_an_interrupt_leaves_nothing,
+    finished,
+    functions_of,
+)
+
+FUNCTIONS = functions_of("plot_many_devices.py")
+
+# Processes by fork, which need not import torch again; a file in place of a port.
+FORKED = """
+import torch.multiprocessing as mp
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Count(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += "c10d" in func.namespace
+        return func(*args, **(kwargs or {}))
+
+
+def one(rank, world, num_models):
+    torch.set_num_threads(1)  # the pool of threads does not survive a fork
+    store, limit = dist.FileStore(f"{num_models}-{world}", world), timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", timeout=limit, store=store, rank=rank, world_size=world
+    )
+    x, _ = minibatch(-1, 0)
+    with Count() as training:
+        params = train(share(num_models, rank, world), 20, "cpu")
+    with Count() as predicting:
+        probabilities = predict(params, x, num_models)
+    with CommDebugMode() as reducing:
+        dist.all_reduce(x.clone())
+    counts = [training.calls, predicting.calls, reducing.get_total_counts()]
+    result = [params, probabilities, counts]
+    torch.save(result, f"{num_models}-{world}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+for num_models in (5, 7, 8):
+    for world in (1, 2, 4):
+        mp.start_processes(one, (world, num_models), world, start_method="fork")
+"""
+
+
+def test_any_processes_train_the_same_members_and_reduce_once(tmp_path):
+    status, errors = finished(FUNCTIONS + FORKED, tmp_path)
+    assert status == 0, errors
+    for num_models in (5, 7, 8):
+        found = {
+            world: [
+                torch.load(tmp_path / f"{num_models}-{world}-{rank}.pt")
+                for rank in range(world)
+            ]
+            for world in (1, 2, 4)
+        }
+        params, probabilities, _ = found[1][0]
+        assert len(params["0.weight"].unique(dim=0)) == num_models
+        for results in found.values():
+            shares = [result[0] for result in results]
+            joined = {k: torch.cat([part[k] for part in shares]) for k in params}
+            torch.testing.assert_close(joined, params, atol=1e-10, rtol=0)
+            for _, reduced, counts in results:
+                torch.testing.assert_close(reduced, probabilities, atol=1e-10, rtol=0)
+                assert counts == [0, 1, 1]
+
+
+def test_a_process_that_raises_ends_all_and_its_message_arrives(tmp_path):
+    # One member for two processes: the second has none, the first waits for it.
+    worker = f"{FUNCTIONS}work(1, 1, 'cpu')\n"
+    status, errors = finished(f"{FUNCTIONS}launch(2, {worker!r})\n", tmp_path)
+    assert status == 1
+    assert "Expected at least one model, got 0" in errors, errors
+    assert "SIGTERM" in errors, errors  # torchrun ended the first
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_an_interrupt_leaves_no_process_and_no_file(tmp_path):
+    script = f"{FUNCTIONS}launch(2, {WAITING!r})\n"
+    check_that_an_interrupt_leaves_nothing(script, tmp_path)

@@ -1,0 +1,381 @@
+"""
+Jacobians, Hessians and the curvature of each member's loss
+===========================================================
+
+Compute Jacobians, Hessians and Hessian-vector products with ``torch.func``, for each
+point of a batch or each member of an ensemble in one call, and see what is cheapest.
+
+**In short.** ``jacrev`` costs one backward pass for each output, ``jacfwd`` one forward
+pass for each input, and a Hessian is one of them over ``jacrev``; its product with a
+vector costs a few gradients and needs no Hessian. Each is written for *one* point or
+*one* member, and ``vmap`` maps it over all.
+
+Before you start: ``plot_ensembling.py`` explains ``vmap`` and ``functional_call``.
+"""
+
+# %%
+# Set-up
+# ------
+
+import warnings
+from functools import partial
+
+import matplotlib.pyplot as plt
+import torch
+import torch.autograd.functional as older  # for the check
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.benchmark import Measurement, Timer
+
+torch.manual_seed(0)
+cpu = torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or cpu
+float64 = {"device": device, "dtype": torch.float64}
+name = torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
+print(f"{name}, torch {torch.__version__}, float64")
+with warnings.catch_warnings(action="ignore"):  # the first jvp, on torch.jit.script
+    jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
+
+# %%
+# Jacobian, Hessian, Hessian-vector product
+# -----------------------------------------
+#
+# The lines to copy: a network from 4 inputs to 3 outputs, and a scalar made of it.
+
+net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).to(**float64)
+net.requires_grad_(False)  # we differentiate by the input, not by the weights
+points, directions = torch.randn(2, 100, 4, **float64)
+
+
+def energy(x):  # of one point, [4] -> []
+    return net(x).square().sum()
+
+
+def hvp(f, x, v):
+    """The Hessian of f at x, times v, without the Hessian."""
+    return vjp(grad(f), x)[1](v)[0]
+
+
+results = {
+    "jacrev": vmap(jacrev(net))(points),  # [100, 3, 4]
+    "jacfwd": vmap(jacfwd(net))(points),  # [100, 3, 4], the same
+    "Hessian": vmap(jacfwd(jacrev(energy)))(points),  # [100, 4, 4]
+    "product": vmap(partial(hvp, energy))(points, directions),  # [100, 4]
+}
+print(*[f"{way} {list(result.shape)}" for way, result in results.items()])
+
+# %%
+# ``vjp`` multiplies a vector by a Jacobian from the left, without making it; here the
+# Jacobian of the gradient, the Hessian. ``torch.func.hessian(f)`` is short for
+# ``jacfwd(jacrev(f))``. **Do not forget** ``vmap``: for ``jacrev(net)(points)`` the
+# batch is one input, and you get ``[100, 3, 100, 4]``, 99% zeros (tested). For a loss
+# of parameters, ``x`` and ``v`` of ``hvp`` may be dictionaries (tested).
+#
+# The same, point by point, without ``torch.func``
+# ------------------------------------------------
+#
+# ``torch.autograd.functional`` knows no forward mode: it calls ``backward`` for each
+# output, and ``backward`` of ``backward`` for a Hessian.
+
+jacobians = torch.stack([older.jacobian(net, x) for x in points])
+hessians = torch.stack([older.hessian(energy, x) for x in points])
+expected = {
+    "jacrev": jacobians,
+    "jacfwd": jacobians,
+    "Hessian": hessians,
+    "product": (hessians @ directions[:, :, None]).squeeze(2),
+}
+for way, result in results.items():
+    off = (result - expected[way]).abs().max()
+    assert off < 1e-10, f"{way} is not what repeated backward computes: {off:.1e} apart"
+    print(f"{way:8} within {off:.0e} of repeated backward")
+
+# %%
+# Finite differences agree, too (tested).
+#
+# ``jacrev`` or ``jacfwd``: compare outputs and inputs
+# ----------------------------------------------------
+#
+# Take an MLP of ``n`` inputs, two hidden layers of ``h`` units and ``m`` outputs. A
+# backward pass multiplies a vector by each weight matrix, and so does a forward pass
+# of derivatives, from the other end: ``nh + hh + hm`` multiplications each. ``jacrev``
+# sends ``m`` vectors back, ``jacfwd`` sends ``n`` forward (tested). So
+#
+# .. math::
+#
+#     \frac{\text{time of jacrev}}{\text{time of jacfwd}} \approx \frac{m}{n},
+#
+# and ``jacrev`` should win for fewer outputs than inputs. The count leaves out calling
+# the operators, whose time hardly grows with ``m``: where the network is small for the
+# device, expect a flatter line.
+
+
+def in_turns(*functions):
+    """One ``Measurement`` for each function; they take turns, so drift hits all."""
+    threads = torch.get_num_threads()
+    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
+    turns = [[t.blocked_autorange(min_run_time=0.02) for t in timers] for _ in range(5)]
+    return [Measurement.merge(turn)[0] for turn in zip(*turns, strict=True)]
+
+
+inputs, outputs = 64, [8, 16, 32, 64, 128, 256, 512]
+hidden, size = (256, 4) if device == cpu else (2048, 64)
+batch = torch.randn(size, inputs, **float64)
+middle = [nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()]
+ratios = []
+for m in outputs:
+    deep = nn.Sequential(nn.Linear(inputs, hidden), *middle, nn.Linear(hidden, m))
+    deep.to(**float64).requires_grad_(False)
+    ways = [partial(vmap(jacobian(deep)), batch) for jacobian in (jacrev, jacfwd)]
+    back, forth = in_turns(*ways)
+    ratios.append(back.median / forth.median)
+    winner = "jacrev" if ratios[-1] < 1 else "jacfwd"
+    a, b = (f"{t.median * 1e3:6.1f} ({t.iqr * 1e3:.1f})" for t in (back, forth))
+    print(f"{m:3} outputs: jacrev {a}, jacfwd {b} ms: {winner}")
+
+# %%
+# Medians of five turns and, in brackets, the distance of their quartiles.
+
+fig, ax = plt.subplots(layout="constrained")
+counted = [m / inputs for m in outputs]
+ax.loglog(counted, ratios, "C0o-", label="measured")
+ax.loglog(counted, counted, "C1--", label="counted: m / n")
+ax.axhline(1, color="gray", linewidth=1)
+ax.text(counted[0], 1.1, "jacfwd is faster", va="bottom")
+ax.text(counted[-1], 0.9, "jacrev is faster", va="top", ha="right")
+for set_ticks in (ax.set_xticks, ax.set_yticks):
+    set_ticks(counted, labels=[f"{c:g}" for c in counted])
+ax.minorticks_off()
+ax.set_title(f"Jacobian of an MLP, {inputs} inputs, float64\n{name}")
+ax.set_xlabel("outputs / inputs")
+ax.set_ylabel("time of jacrev / time of jacfwd")
+ax.legend()
+right = sum((r < 1) == (c < 1) for r, c in zip(ratios, counted, strict=True) if c != 1)
+print(f"The count names the faster one in {right} of {len(counted) - 1} unequal cases.")
+fig.set_label(
+    "Time of jacrev over that of jacfwd, against outputs over inputs: from "
+    f"{ratios[0]:.2f} at {counted[0]:g} to {ratios[-1]:.2f} at {counted[-1]:g}."
+)
+
+# %%
+# **Fewer outputs than inputs: jacrev. Fewer inputs: jacfwd.** Near 1, measure your own
+# function. If memory runs out, ``jacrev`` can split its work by ``chunk_size``.
+#
+# A loss has one output and many parameters, so take ``jacrev`` or ``grad``. Its
+# gradient has as many outputs as inputs, a tie by count: further down we measure.
+#
+# Sixteen members, each with its own learning rate
+# ------------------------------------------------
+#
+# A Hessian of a loss is a matrix of parameters by parameters, so hold each member as
+# *one vector*. The members learn 100 digits of 4 by 4 pixels by plain gradient descent.
+# (``Tanh`` is smooth; a ``ReLU`` network has no curvature by its input.)
+
+digits = load_digits()
+images = torch.tensor(digits.images[:100, None] / 16 - 0.3, **float64)
+x = F.avg_pool2d(images, 2).flatten(1)  # [100, 16]
+y = F.one_hot(torch.tensor(digits.target[:100], device=device), 10).double()
+
+
+def new_model():
+    return nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 10))
+
+
+with torch.device("meta"):
+    skeleton = new_model()
+shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+
+
+def predict(theta):  # of one member, [226] -> [100, 10]
+    parts = theta.split([shape.numel() for shape in shapes.values()])
+    params = {k: p.view(shapes[k]) for k, p in zip(shapes, parts, strict=True)}
+    return functional_call(skeleton, params, (x,), strict=True)
+
+
+def member_loss(theta):  # [226] -> []
+    return F.mse_loss(predict(theta), y, reduction="sum") / len(y)
+
+
+# %%
+
+num_models, num_steps = 16, 2000
+models = [new_model().to(**float64) for _ in range(num_models)]
+vectors = [nn.utils.parameters_to_vector(model.parameters()) for model in models]
+start = torch.stack(vectors).detach()  # [16, 226]
+rates = torch.logspace(-1.3, -0.3, num_models, **float64)  # 0.05 to 0.5
+
+theta = start.clone()
+for _ in range(num_steps):
+    theta -= rates[:, None] * vmap(grad(member_loss))(theta)
+
+losses = vmap(member_loss)(theta)
+finite = losses.isfinite()
+low, high = losses[finite].aminmax()
+print(f"losses after {num_steps} steps: {low:.2f} to {high:.2f}")
+
+# %%
+# How sharp is each member's loss?
+# --------------------------------
+#
+# *Sharpness* is the largest eigenvalue of the Hessian, the curvature in the steepest
+# direction. Power iteration finds it by products alone: multiply a vector by the
+# Hessian again and again.
+
+
+def sharpness(theta, steps=100):
+    """Largest eigenvalue (by size) of each member's Hessian, [16]."""
+    v = torch.randn_like(theta)
+    for _ in range(steps):
+        v = v / v.norm(dim=1, keepdim=True)
+        product = vmap(partial(hvp, member_loss))(theta, v)  # [16, 226]
+        value = (v * product).sum(dim=1)
+        v = product
+    return value
+
+
+before, after = sharpness(start), sharpness(theta)
+
+# %%
+# The check: products by backward of backward, and all of the 226 eigenvalues.
+
+v = torch.randn_like(theta)
+products = vmap(partial(hvp, member_loss))(theta, v)
+for i in range(num_models):
+    alone = older.hvp(member_loss, theta[i], v[i])[1]
+    off = (products[i] - alone).abs().max() / alone.abs().max()  # NaN: diverged
+    assert not off > 1e-10, f"member {i} has another Hessian: {off:.1e} apart"
+
+hessians = vmap(jacfwd(jacrev(member_loss)))(theta[finite])  # [..., 226, 226]
+values = torch.linalg.eigvalsh(hessians)  # ascending
+error = (after[finite] / values[:, -1] - 1).abs().max()
+print(f"products equal; sharpness within {error:.0e} of the largest eigenvalue")
+print("smallest eigenvalues: {:.2f} to {:.2f}".format(*values[:, 0].aminmax()))
+
+# %%
+# A member with a negative eigenvalue is not at a minimum yet.
+#
+# A learning rate decides how sharp it may get
+# --------------------------------------------
+#
+# Near a minimum, in a direction of curvature :math:`\lambda`, one step of gradient
+# descent with rate :math:`\eta` multiplies the distance by :math:`1 - \eta\lambda`,
+# which makes it shorter only if :math:`\lambda < 2/\eta`. **So no member can settle
+# where its loss is sharper than 2 / rate.** How close do they come?
+
+bound = 2 / rates
+on_it = finite & ((after / bound - 1).abs() < 0.1)
+above, below = finite & ~on_it & (after > bound), finite & ~on_it & (after < bound)
+print(f"of {num_models} members, {on_it.sum()} end within 10% of 2 / rate,")
+print(f"{below.sum()} below, {above.sum()} above, {(~finite).sum()} diverged;")
+print(f"{(before > bound).sum()} started above")
+
+fig, ax = plt.subplots(layout="constrained")
+ax.loglog(rates.cpu(), bound.cpu(), "C1--", label="2 / learning rate")
+ax.loglog(rates.cpu(), before.cpu(), "C0o", fillstyle="none", label="at the start")
+ax.loglog(rates.cpu(), after.cpu(), "C0o", label=f"after {num_steps} steps")
+ax.set_title(f"Sharpness of {num_models} members, float64\n{name}")
+ax.set_xticks([0.05, 0.1, 0.2, 0.5], labels=[0.05, 0.1, 0.2, 0.5])
+ax.set_yticks([5, 10, 20, 40], labels=[5, 10, 20, 40])
+ax.minorticks_off()
+ax.set_xlabel("learning rate of the member")
+ax.set_ylabel("largest eigenvalue of the Hessian")
+ax.legend()
+fig.set_label(
+    f"Sharpness against learning rate: {on_it.sum()} of {num_models} members end near "
+    f"the line 2 / rate, {below.sum()} below it, {above.sum()} above."
+)
+
+# %%
+# **Members that end on the line** are at the *edge of stability* (Cohen et al.). They
+# came from below, getting sharper, or from above, where they must find a flatter place
+# or diverge. Their sharpness tells the learning rate, and not how good the minimum is:
+# compare sharpness only at equal rates. **Members below the line** may need more steps,
+# or lie in a flat place.
+#
+# What the full Hessian costs
+# ---------------------------
+#
+# ``hvp`` goes backward through a gradient, which costs a few gradients. The Hessian
+# does so for 226 vectors, and its size is the square of the parameters: 0.4 MB here,
+# 8 TB for a million. ``jvp`` of ``grad``, forward over backward, is the other product.
+
+ways = {
+    "gradient": grad(member_loss),
+    "product, vjp of grad": lambda t: hvp(member_loss, t, v[0]),
+    "product, jvp of grad": lambda t: jvp(grad(member_loss), (t,), (v[0],))[1],
+    "Hessian, jacfwd(jacrev)": jacfwd(jacrev(member_loss)),
+    "Hessian, jacrev(jacrev)": jacrev(jacrev(member_loss)),
+}
+times = in_turns(*[partial(vmap(way), theta) for way in ways.values()])
+for way, t in zip(ways, times, strict=True):
+    cost = f"{t.median / times[0].median:5.1f} gradients"
+    print(f"{way:23} {t.median * 1e3:6.1f} ms ({t.iqr * 1e3:.1f}), {cost}")
+
+_, vjp_time, jvp_time, jacfwd_time, jacrev_time = times
+pairs = {"product": (jvp_time, vjp_time), "Hessian": (jacfwd_time, jacrev_time)}
+for kind, (forth, back) in pairs.items():
+    ratio = forth.median / back.median
+    print(f"{kind}: forward mode takes {ratio:.1f}x the time of backward twice")
+price = jacfwd_time.median / vjp_time.median
+print(f"the Hessian costs as much as {price:.0f} products, not {theta.shape[1]}")
+
+# %%
+# **If it costs less than 226 products**, its vectors share calls: where the Hessian
+# fits in memory and you need many products at one place, make it. Else take products:
+# power iteration for the sharpness, or the mean of ``v @ hvp(f, x, v)`` over random
+# signs ``v`` for the trace (Hutchinson; tested).
+#
+# **If forward mode is slower**, it calls more operators, copies among them (tested). If
+# it is faster, take it, unless your loss refuses it:
+#
+# The mistake: ``jvp`` of ``grad`` through every loss
+# ---------------------------------------------------
+#
+# Above, ``F.mse_loss`` sums, and we divide. With its default, ``reduction="mean"``,
+# ``jvp`` of ``grad`` fails:
+
+
+def with_mean(theta):
+    return 10 * F.mse_loss(predict(theta), y)  # 10, since it divides by outputs, too
+
+
+try:
+    jvp(grad(with_mean), (theta[0],), (v[0],))
+    print("This PyTorch can do it.")
+except RuntimeError as error:
+    print(str(error).partition(".")[0])
+off = (hvp(with_mean, theta[0], v[0]) - products[0]).abs().max()
+print(f"vjp of grad: within {off:.0e} of the product above")
+
+# %%
+# The message names no operator (`pytorch#123996
+# <https://github.com/pytorch/pytorch/issues/123996>`_). Other losses, such as
+# ``F.huber_loss``, have no rule for it, and say so. Go backward twice, or write the
+# loss another way. ``jacfwd(jacrev(loss))`` takes both losses as they are (tested).
+#
+# Remember
+# --------
+#
+# **jacrev for few outputs, jacfwd for few inputs.** A Hessian is either of them over
+# ``jacrev``; its products need no Hessian: ``vjp`` of ``grad``. Write each for one
+# point or one member, and let ``vmap`` do the batch.
+#
+# Next
+# ----
+#
+# - ``plot_per_sample_gradients.py``: the gradient of every sample of a batch.
+# - ``plot_hyperparameter_sweep.py``: a learning rate for each member.
+#
+# References
+# ----------
+#
+# - PyTorch's tutorials on `Jacobians and Hessians
+#   <https://docs.pytorch.org/tutorials/intermediate/jacobians_hessians.html>`_ and on
+#   `tangent kernels, with costs
+#   <https://docs.pytorch.org/tutorials/intermediate/neural_tangent_kernels.html>`_.
+# - B. A. Pearlmutter: Fast exact multiplication by the Hessian, 1994,
+#   `doi:10.1162/neco.1994.6.1.147 <https://doi.org/10.1162/neco.1994.6.1.147>`_.
+# - J. Cohen et al.: Gradient descent on neural networks typically occurs at the edge of
+#   stability, 2021, `arXiv:2103.00065 <https://arxiv.org/abs/2103.00065>`_.
