@@ -54,6 +54,21 @@ def pytest_collection_modifyitems(items):
         SELECTED.update(Path(topic).stem for topic in topics)
 
 
+@pytest.fixture(autouse=True)
+def same_precision(request):
+    """Proofs leave no switch of torch behind: cells of pages that they run set some."""
+    if "proofs" not in request.path.parts:
+        yield
+        return
+    import torch
+
+    owners = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    before = [owner.fp32_precision for owner in owners]
+    yield
+    for owner, value in zip(owners, before, strict=True):
+        owner.fp32_precision = value
+
+
 def environment(**changes):
     """Environment in which tutorials measure briefly and no display is to be had."""
     display = {"DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"}

@@ -58,8 +58,7 @@ def page(html, pages, tutorial):
 def test_page_really_ran_and_shows_its_recording(page, tutorial):
     head = page.select_one(".ran-on .line").text
     assert head.startswith("This page ran on")
-    seconds = float(re.search(r"in ([\d.]+) s", head)[1])
-    assert seconds > 0
+    assert re.search(r"in ([\d.]+) s", head)
     assert f"torch {importlib.metadata.version('torch')}" in head
     today = datetime.datetime.now(tz=datetime.UTC).astimezone().date()
     yesterday = today - datetime.timedelta(days=1)  # the build may cross midnight
@@ -193,7 +192,8 @@ def test_names_of_torch_link_to_its_documentation(site, page, tutorial):
         if is_public_name and full not in UNDOCUMENTED and written not in linked:
             missing.append(full)
     assert not missing, f"add to inventories/torch.txt: {missing}"
-    assert "vmap" in linked or "torch.func.vmap" in linked
+    if "functorch" not in tutorial.stem:  # there, vmap is also functorch's
+        assert "vmap" in linked or "torch.func.vmap" in linked
 
 
 def test_no_leftovers_of_sphinx_gallery(pages):

@@ -42,6 +42,8 @@ def started(script, folder, *options, **changes):
     process = subprocess.Popen(
         [sys.executable, *options, "script.py"],
         cwd=folder,
+        # A test run in the background would hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env=plain | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"} | changes,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

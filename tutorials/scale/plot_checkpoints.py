@@ -324,7 +324,7 @@ fig.set_label(
 #
 # With ``--max-restarts``, torchrun itself starts all processes again, as many as
 # before; in our trials with torch 2.13 (one machine, gloo), 11 of 14 such restarts
-# failed or hung, because new processes looked for dead ones. The environment variable
+# failed or hung, because new processes looked for dead ones. To export
 # ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` cures that (tested); to start anew, as this
 # page does, needs no cure.
 #
