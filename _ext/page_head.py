@@ -44,7 +44,7 @@ def add_head(app, doctree):
     seconds = gallery.running_time(doctree)
     if gallery.executes(app) and seconds is not None:
         ran = figures.read(Path(app.srcdir, f"{app.env.docname}.py"))
-        where = f"{runner.describe(ran['machine'])}, in {seconds:.1f} s."
+        where = f"{runner.describe(ran['machine'])}, in {seconds:.3g} s."
         head += line("This page ran on ", nodes.Text(where))
     else:
         text = "this page was built without running its code."

@@ -1,14 +1,11 @@
 """The pages in a real browser: themes, widths, keyboard-free basics, no other host."""
 
-import contextlib
-import functools
-import http.server
 import io
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
+from audit import serve
 from axe_playwright_python.sync_playwright import Axe
 from conftest import GPU, TUTORIALS, name_of
 from PIL import Image
@@ -25,25 +22,11 @@ TUTORIAL = "auto_tutorials/basics/plot_ensembling"
 KNOWN_TO_AXE = {"summary-name"}  # the arrow that unfolds a section has no text
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture(scope="session")
 def address(html):
     """Address of the site on this machine."""
     with serve(html) as address:
         yield address
-
-
-@contextlib.contextmanager
-def serve(folder):
-    handler = functools.partial(QuietHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,8 @@ def test_search_engines_find_every_page(shared):
 def test_a_wrong_address_leads_back_from_any_depth(shared):
     page = soup(shared, "404")
     assert page.select_one("base")["href"] == f"{ADDRESS}/"
-    assert page.select("a[href='index.html'], a[href='auto_tutorials/index.html']")
+    for place in ["index.html", "auto_tutorials/index.html", "search.html"]:
+        assert page.select(f"article a[href='{place}']"), place
 
 
 def test_links_to_the_repository(shared):

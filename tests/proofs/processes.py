@@ -1,6 +1,5 @@
 """What the tests of tutorials/scale share: scripts that start processes."""
 
-import ast
 import contextlib
 import os
 import signal
@@ -8,15 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-
-def functions_of(page):
-    """Imports and functions of a page of tutorials/scale, as the text of a script."""
-    page = Path(__file__).parents[2] / "tutorials" / "scale" / page
-    tree = ast.parse(page.read_text(encoding="utf-8")).body
-    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef
-    texts = [ast.unparse(node) for node in tree if isinstance(node, kinds)]
-    return "\n".join(text for text in texts if "import matplotlib" not in text) + "\n"
 
 
 def alive(pid):

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from processes import (
-    WAITING,
-    check_that_an_interrupt_leaves_nothing,
-    finished,
-    functions_of,
-)
+from pages import functions_of, names_of
+from processes import WAITING, check_that_an_interrupt_leaves_nothing, finished
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-FUNCTIONS = functions_of("plot_checkpoints.py")
-NAMESPACE = {}
-exec(FUNCTIONS, NAMESPACE)
+FUNCTIONS = functions_of("scale/plot_checkpoints")
+NAMESPACE = names_of("scale/plot_checkpoints")
 
 
 def undisturbed(num_models, num_steps):

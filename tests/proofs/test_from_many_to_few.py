@@ -4,21 +4,12 @@ import itertools
 
 import pytest
 import torch
+from pages import names_of
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
-
-def nll(probs, labels):
-    return F.nll_loss(probs.log(), labels)
-
-
-def greedy(probs, labels, size):
-    team, total = [], torch.zeros_like(probs[0])
-    for count in range(1, size + 1):
-        scores = [nll((total + p) / count, labels) for p in probs]
-        team.append(torch.stack(scores).argmin().item())
-        total = total + probs[team[-1]]
-    return team
+PAGE = names_of("uncertainty/plot_from_many_to_few", "check", "nll", "greedy")
+nll, greedy = PAGE["nll"], PAGE["greedy"]
 
 
 def members(num_members=6, num_images=40):

@@ -1,14 +1,10 @@
 """What plot_many_devices.py says in a clause, with the functions of that page."""
 
 import torch
-from processes import (
-    WAITING,
-    check_that_an_interrupt_leaves_nothing,
-    finished,
-    functions_of,
-)
+from pages import functions_of
+from processes import WAITING, check_that_an_interrupt_leaves_nothing, finished
 
-FUNCTIONS = functions_of("plot_many_devices.py")
+FUNCTIONS = functions_of("scale/plot_many_devices")
 
 # Processes by fork, which need not import torch again; a file in place of a port.
 FORKED = """

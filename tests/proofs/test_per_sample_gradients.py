@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import names_of
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.profiler import ProfilerActivity, profile
 
 BATCH = 12
+losses_and_norms = names_of("beyond/plot_per_sample_gradients")["losses_and_norms"]
 
 
 class Attention(nn.Module):  # a sequence through linear layers, and one used twice
@@ -89,22 +91,6 @@ def gradients_by_loop(model, x, y):
 
 def norms_of(gradients):
     return sum(g.flatten(1).square().sum(1) for g in gradients.values()).sqrt()
-
-
-def losses_and_norms(model, x, y):  # as on the page
-    inputs, outputs = [], []
-    for layer in model:
-        inputs.append(x)
-        x = layer(x)
-        outputs.append(x)
-    losses = F.cross_entropy(x, y, reduction="none")
-    deltas = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)
-    squares = [
-        d.square().sum(1) * (a.square().sum(1) + 1)
-        for layer, a, d in zip(model, inputs, deltas, strict=True)
-        if isinstance(layer, nn.Linear)
-    ]
-    return losses, sum(squares).sqrt().detach()
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -96,10 +96,11 @@ def run_old(function, *args):
 
 
 def old_ensemble(models, x):
-    from functorch import combine_state_for_ensemble, vmap
+    from functorch import combine_state_for_ensemble
+    from functorch import vmap as old_vmap
 
     fmodel, params, buffers = combine_state_for_ensemble(models)
-    return vmap(fmodel)(params, buffers, x)
+    return old_vmap(fmodel)(params, buffers, x)
 
 
 old_logits, messages = run_old(old_ensemble, models, x)
@@ -145,10 +146,11 @@ gradients = grad(loss)(params, buffers, x[0], y)  # "fc1.weight": [16, 6], ...
 
 
 def old_gradients(model, x, y):
-    from functorch import grad, make_functional_with_buffers
+    from functorch import grad as old_grad
+    from functorch import make_functional_with_buffers
 
     fmodel, params, buffers = make_functional_with_buffers(model)
-    return grad(lambda p: F.cross_entropy(fmodel(p, buffers, x), y))(params)
+    return old_grad(lambda p: F.cross_entropy(fmodel(p, buffers, x), y))(params)
 
 
 old_tuple, _ = run_old(old_gradients, model, x[0], y)
