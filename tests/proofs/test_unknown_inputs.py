@@ -1,33 +1,14 @@
 """What plot_unknown_inputs.py says and does not prove: its scores, what they refuse."""
 
-import ast
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from pages import names_of
 
-PAGE = Path(__file__).parents[2] / "tutorials/uncertainty/plot_unknown_inputs.py"
-SCORES = {"check_probs", "entropy", "mutual_information"}
-SCORES |= {"check_scores", "auroc", "fpr_at_95"}
-
-
-def functions_of_the_page():
-    tree = ast.parse(PAGE.read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if getattr(node, "name", "") in SCORES]
-    found = {"torch": torch}
-    exec(compile(ast.Module(functions, []), PAGE, "exec"), found)
-    return [found[name] for name in sorted(SCORES)]
-
-
-(
-    auroc,
-    _,
-    _,
-    entropy,
-    fpr_at_95,
-    mutual_information,
-) = functions_of_the_page()
+PAGE = names_of("uncertainty/plot_unknown_inputs")
+auroc, fpr_at_95 = PAGE["auroc"], PAGE["fpr_at_95"]
+entropy, mutual_information = PAGE["entropy"], PAGE["mutual_information"]
 
 
 @pytest.fixture
@@ -97,3 +78,18 @@ def test_scores_of_one_group_only_or_of_nothing_are_refused(metric, wrong):
         metric(torch.rand(5), wrong)
     with pytest.raises(ValueError, match="known and unknown"):
         metric(wrong, torch.rand(5))
+
+
+@pytest.mark.parametrize("true", [0.6, 1.0, 2.0])
+def test_the_temperature_by_which_logits_were_divided_is_found_again(true):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(20_000, 10, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(-1), 1).flatten()
+    found = PAGE["temperature"]((logits * true).softmax(-1), labels)
+    assert found.item() == pytest.approx(true, rel=0.15)  # the grid's step is 12 %
+
+
+def test_sure_and_wrong_counts_wrong_answers_above_nine_tenths():
+    probs = torch.tensor([[[0.95, 0.05], [0.85, 0.15], [0.95, 0.05]]])
+    answers = torch.tensor([1, 1, 0])  # wrong and sure, wrong and unsure, right
+    assert PAGE["sure_and_wrong"](probs, answers).item() == pytest.approx(1 / 3)
