@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 XS = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0)).double()
@@ -162,32 +162,67 @@ def test_normal_is_refused_even_with_different_and_has_another_form():
     assert torch.equal(noisy, expected)
 
 
-class Normed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(6, momentum=None)
-
-    def forward(self, x):
-        return self.norm(x)
+def test_dropout_is_a_random_operation():
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        vmap(nn.Dropout())(XS)
+    dropped = vmap(nn.Dropout(), randomness="different")(torch.ones_like(XS)) == 0
+    assert len(dropped.unique(dim=0)) == len(XS)
 
 
-def test_a_cumulative_batch_norm_runs_with_the_momentum_of_the_step():
-    models = [Normed().double() for _ in XS]
-    with torch.device("meta"):
-        skeleton = Normed()
+def test_what_all_share_gets_none_in_in_dims():
+    layer = nn.Linear(6, 2).double()
 
-    def member(params, buffers, x):
-        return functional_call(skeleton, (params, buffers), (x,), strict=True)
+    def call(x, module):
+        return module(x)
 
-    with pytest.raises(RuntimeError, match=ITEM):
-        vmap(member)(*stack_module_state(models), XS)
-    params, buffers = stack_module_state(models)
-    for step in [1, 2, 3]:
-        skeleton.norm.momentum = 1 / step
-        outputs = vmap(member)(params, buffers, step * XS)
-        expected = [model(step * x) for model, x in zip(models, XS, strict=True)]
-        torch.testing.assert_close(outputs, torch.stack(expected))
-    torch.testing.assert_close(buffers, stack_module_state(models)[1])
+    with pytest.raises(ValueError, match=r"Got in_dim=0 for an input but .*Linear"):
+        vmap(call)(XS, layer)
+    expected = torch.stack([layer(x) for x in XS])
+    torch.testing.assert_close(vmap(call, in_dims=(0, None))(XS, layer), expected)
+
+
+def test_adding_to_what_was_made_without_the_input_says_broadcast():
+    def total(x):
+        result = torch.zeros(8).double()
+        result += x.sum(1)
+        return result
+
+    with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+        vmap(total)(XS)
+
+
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        nn.BatchNorm1d(6).double().eval(),
+        nn.BatchNorm1d(6, track_running_stats=False).double(),
+    ],
+)
+def test_batch_norm_that_updates_nothing_is_accepted(accepted):
+    with pytest.raises(RuntimeError, match="Batch norm got a batched tensor"):
+        vmap(nn.BatchNorm1d(6).double())(XS)
+    torch.testing.assert_close(vmap(accepted)(XS), loop(accepted, XS))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda x: torch.sin(x, out=torch.empty_like(x)),
+        nn.LSTM(6, 5).double(),
+        nn.GRU(6, 5).double(),
+    ],
+)
+def test_lstm_gru_and_out_have_no_batching_rule(refused):
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        vmap(refused)(XS)
+
+
+def test_backward_inside_is_refused_and_outside_is_accepted():
+    with pytest.raises(RuntimeError, match="backward\\(\\) called inside a functorch"):
+        vmap(lambda x: x.sum().backward())(XS)
+    x = XS.clone().requires_grad_()
+    vmap(torch.sum)(x.square()).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * XS)
 
 
 class NoRule(torch.autograd.Function):
@@ -225,6 +260,8 @@ def test_checkpoints_stand_around_vmap():
     # torch 2.11 refuses the call, 2.13 the way back
     with pytest.raises(RuntimeError, match=r"vmap support|may have escaped"):
         vmap(lambda x: checkpoint(f, x, use_reentrant=False))(x).sum().backward()
+    with pytest.raises(RuntimeError, match="override the setup_context"):
+        vmap(lambda x: checkpoint(f, x, use_reentrant=True))(x)
     x.grad = None
     checkpoint(vmap(f), x, use_reentrant=False).sum().backward()
     torch.testing.assert_close(x.grad, vmap(grad(f))(XS))

@@ -5,11 +5,11 @@ Errors of vmap and what to write instead
 Find the error message of ``torch.func.vmap`` that stopped you, and the lines that
 compute the same and are accepted.
 
-**In short.** ``vmap`` runs your function once, on tensors that stand for all members,
-models or samples, so it refuses whatever needs the value of a single one (``if``,
-``.item()``, NumPy, shapes that depend on values); each has a form in tensor operations
-that equals the loop. Python's side effects (``append``, ``random.random()``) are not
-refused, but happen once for all.
+**In short.** ``vmap`` runs your function once, on tensors that stand for all members
+(models or samples), so it refuses what needs the value of one (``if``, ``.item()``,
+NumPy, shapes that depend on values); each has a form in tensor operations that equals
+the loop. Side effects (``append``, ``random.random()``) are not refused, but happen
+once for all.
 
 Before you start: ``plot_ensembling.py`` says what ``vmap`` does.
 """
@@ -23,8 +23,8 @@ import textwrap
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 torch.manual_seed(0)
@@ -35,74 +35,19 @@ num_models = 4
 xs = torch.randn(num_models, 8, 6, dtype=torch.float64).to(device)  # a [8, 6] for each
 print(f"{device.type.upper()}, torch {torch.__version__}, float64")
 
+# %%
+# What ``vmap`` says about a function, and what to write against the loop that ``vmap``
+# stands for. With these two cells above it, every case below runs alone:
+
 
 def says(function, *inputs):
     """First sentence of what vmap says about a function."""
     try:
         vmap(function)(*inputs)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, UserWarning) as error:
         sentence = str(error).split(". ")[0].split("\n")[0].removeprefix("vmap: ")
         return textwrap.fill(sentence, 88)
     return "accepted here"
-
-
-# %%
-# What you see, what to write, and why
-# ------------------------------------
-#
-# Thirteen short functions that ``vmap`` refuses:
-
-
-class OldFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-
-refused = {
-    "if": lambda x: x if x.sum() > 0 else -x,
-    "item": lambda x: x / x.max().item(),
-    "numpy": lambda x: x.cpu().numpy(),
-    "mask": lambda x: x[x > 0],
-    "nonzero": lambda x: x.nonzero(),
-    "in place": lambda x: torch.zeros(8, 6, **float64).copy_(x),
-    "out": lambda x: torch.sin(x, out=torch.empty_like(x)),
-    "random": lambda x: x + torch.randn_like(x),
-    "norm": nn.BatchNorm1d(6, **float64),
-    "lstm": nn.LSTM(6, 5, **float64),
-    "backward": lambda x: x.sum().backward(),
-    "function": OldFunction.apply,
-    "return": lambda x: (x.sum(), "loss"),
-}
-
-# %%
-# What to write for each of them, and why. The table's first lines come from PyTorch:
-
-instead = {
-    "if": ("torch.where(test, a, b)", "an if goes one way, members differ"),
-    "item": ("x.max(), still a tensor", "a float holds one number, not four"),
-    "numpy": ("torch, or NumPy after the call", "NumPy knows no members"),
-    "mask": ("torch.where(mask, x, fill)", "members would differ in shape"),
-    "nonzero": ("return all of x, and a mask", "members would differ in shape"),
-    "in place": ("x.new_zeros(8, 6).copy_(x)", "four results, room for one"),
-    "out": ("torch.sin(x)", "no rule for out="),
-    "random": ('vmap(f, randomness="different")', "one draw for all, or one each?"),
-    "norm": ("stack buffers, or keep no statistics", "four means, room for one"),
-    "lstm": ("the cell, written out", "no rule for this operator"),
-    "backward": ("vmap(grad(loss))", "no backward() inside of vmap"),
-    "function": ("setup_context, generate_vmap_rule", "the old form has no rule"),
-    "return": ("only tensors, or out_dims=(0, None)", "a str cannot be stacked"),
-}
-
-print(f"What you see\n    {'What to write':38} Why")
-for case, (what, why) in instead.items():
-    print(textwrap.shorten(says(refused[case], xs), 88, placeholder=" ..."))
-    print(f"    {what:38} {why}")
-
-# %%
-# Each case in full follows, under the words of its message, checked against the loop
-# that ``vmap`` stands for. If a newer PyTorch accepts one, the page prints "accepted
-# here". ``chunk_size=1`` changes nothing (tested).
 
 
 def check(one_call, loop):
@@ -112,8 +57,75 @@ def check(one_call, loop):
 
 
 # %%
-# ``You're attempting to use a Tensor in some data-dependent control flow``
-# -------------------------------------------------------------------------
+# What you see, what to write, and why
+# ------------------------------------
+#
+# Thirteen short functions that ``vmap`` refuses:
+
+refused = {
+    "float": lambda x: vmap(torch.add)(x, 0.1),
+    "shared": lambda x: vmap(torch.add)(x, x[0]),
+    "if": lambda x: x if x.sum() > 0 else -x,
+    "item": lambda x: x / x.max().item(),
+    "numpy": lambda x: x.cpu().numpy(),
+    "mask": lambda x: x[x > 0],
+    "in place": lambda x: torch.zeros(8, 6, **float64).copy_(x),
+    "random": nn.Dropout(),
+    "norm": nn.BatchNorm1d(6, **float64),
+    "lstm": nn.LSTM(6, 5, **float64),
+    "backward": lambda x: x.sum().backward(),
+    "function": Function.apply,
+    "return": lambda x: (x.sum(), "loss"),
+}
+
+# %%
+# PyTorch's message for each, what to write, and why:
+
+instead = {
+    "float": ("in_dims=(0, None), also for a module", "a float has no row for each"),
+    "shared": ("in_dims=(0, None)", "one minibatch, for all members"),
+    "if": ("torch.where(test, a, b)", "an if goes one way, members differ"),
+    "item": ("x.max(), still a tensor", "a float holds one number, not four"),
+    "numpy": ("torch, or NumPy after the call", "NumPy knows no members"),
+    "mask": ("torch.where(mask, x, fill)", "members would differ in shape"),
+    "in place": ("x.new_zeros(8, 6).copy_(x)", "four results, room for one"),
+    "random": ('vmap(f, randomness="different")', "dropout: one mask, or one each?"),
+    "norm": ("stack the buffers, or bn.eval()", "four means, room for one"),
+    "lstm": ("the cell, written out; no out=", "no rule for this operator"),
+    "backward": ("vmap(grad(loss))", "no backward() inside of vmap"),
+    "function": ("setup_context, generate_vmap_rule", "the old form has no rule"),
+    "return": ("only tensors, or out_dims=(0, None)", "a str cannot be stacked"),
+}
+
+for case, (what, why) in instead.items():
+    print(textwrap.shorten(says(refused[case], xs), 88, placeholder=" ..."))
+    print(f"    write: {what}\n    why: {why}")
+
+# %%
+# Each case in full follows, under words of its message. "accepted here" means that your
+# PyTorch is newer. ``chunk_size=1`` changes nothing. What the text adds is tested, too.
+#
+# ``Got in_dim=0 for an input``
+# -----------------------------
+#
+# Or "Expected all tensors to have the same size in the mapped dimension": what all
+# members share, a number, a module or a minibatch, gets ``None`` in ``in_dims``.
+
+shared = torch.randn(8, 6, **float64)
+
+
+def update(x, minibatch, rate):  # refused without in_dims=
+    return x - rate * minibatch
+
+
+print(says(update, xs, shared, 0.1))
+print(says(torch.add, xs, shared))
+one_call = vmap(update, in_dims=(0, None, None))(xs, shared, 0.1)  # what to write
+check(one_call, [update(x, shared, 0.1) for x in xs])
+
+# %%
+# ``data-dependent control flow``
+# -------------------------------
 #
 # Turn ``x`` so that its mean is positive. Some members need it, some do not:
 
@@ -134,14 +146,14 @@ check(vmap(turn_where)(xs), [turn(x) for x in xs])
 # %%
 # The same for ``assert``, ``and``, ``max(a, b)`` (write ``torch.maximum``) and
 # ``sorted``. A ``while`` becomes a ``for`` over the largest number of steps, with
-# ``x = torch.where(running, step(x), x)`` in it (tested).
+# ``x = torch.where(running, f(x), x)`` in it.
 #
 # ``torch.where`` computes *both* sides for all. In training, the side that is not taken
-# must not be infinite or ``nan``, or the gradient is ``nan``: write
-# ``torch.where(x > 0, x, 1).sqrt()`` inside of the outer ``where`` (tested).
+# must not be infinite or ``nan``, or the gradient is ``nan``:
+# ``torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)``.
 #
-# ``You're calling .item() on a Tensor``
-# --------------------------------------
+# ``calling .item() on a Tensor``
+# -------------------------------
 
 
 def scale(x):  # refused; so is float(x.max())
@@ -163,10 +175,10 @@ check(vmap(scale_tensor)(xs), [scale(x) for x in xs])
 # - ``range(n)``: a ``for`` over the largest ``n``, with ``torch.where``.
 # - ``f"{x:.2f}"``: format after the call; ``print(x)`` is accepted.
 #
-# A tensor that all members share (``in_dims=None``) may use ``.item()`` (tested).
+# A tensor that all members share (``in_dims=None``) may use ``.item()``.
 #
-# ``Cannot access data pointer of Tensor that doesn't have storage``
-# ------------------------------------------------------------------
+# ``Cannot access data pointer of Tensor``
+# ----------------------------------------
 #
 # That is NumPy, or ``.tolist()``. Call NumPy before or after, on all members:
 
@@ -175,19 +187,15 @@ def reverse(x):  # refused
     return torch.from_numpy(x.cpu().numpy()[::-1].copy()).to(x.device)
 
 
-def reverse_torch(x):  # what to write
-    return x.flip(0)
-
-
 print(says(reverse, xs))
-check(vmap(reverse_torch)(xs), [reverse(x) for x in xs])
+check(vmap(lambda x: x.flip(0))(xs), [reverse(x) for x in xs])  # what to write
 
 # %%
-# ``We do not support batching operators that can output dynamic shape``
-# ----------------------------------------------------------------------
+# ``dynamic shape``
+# -----------------
 #
-# ("Can support", for a mask.) The same for ``nonzero``, ``unique`` and ``torch.where``
-# with one argument. Keep the shape; what is not wanted must have no effect:
+# The same for ``nonzero``, ``unique`` and ``torch.where`` with one argument. Keep the
+# shape; what is not wanted must have no effect:
 
 
 def mean_of_positive(x):  # refused
@@ -207,38 +215,38 @@ check(vmap(mean_of_positive_where)(xs), [mean_of_positive(x) for x in xs])
 # - If the result has to differ in size, return ``x`` and ``mask`` and cut afterwards:
 #   ``[x[mask] for x, mask in zip(*vmap(f)(xs))]``.
 #
-# ``inplace arithmetic(self, *extra_args) is not possible``
-# ---------------------------------------------------------
+# ``inplace arithmetic is not possible``
+# --------------------------------------
 #
-# Or, for ``+=``, "output with shape [6] doesn't match the broadcast shape [4, 6]": the
+# Or, for ``total += x``, "output with shape [8] doesn't match the broadcast shape": the
 # tensor was made without ``x``, so there is only one, and four members write into it.
 
 
-def moving_average(x):  # refused
-    mean = torch.zeros(6, **float64)
-    for row in x:
-        mean += 0.1 * (row - mean)
-    return mean
+def row_sums(x):  # refused
+    total = torch.zeros(8, **float64)
+    for i, row in enumerate(x):
+        total[i] = row.sum()
+    return total
 
 
-def moving_average_new(x):  # what to write
-    mean = x.new_zeros(6)  # made from x, so every member has its own
-    for row in x:
-        mean += 0.1 * (row - mean)
-    return mean
+def row_sums_new(x):  # what to write
+    total = x.new_zeros(8)  # made from x, so every member has its own
+    for i, row in enumerate(x):
+        total[i] = row.sum()
+    return total
 
 
-print(says(moving_average, xs))
-check(vmap(moving_average_new)(xs), [moving_average(x) for x in xs])
+print(says(row_sums, xs))
+check(vmap(row_sums_new)(xs), [row_sums(x) for x in xs])
 
 # %%
 # A tensor from outside, such as a counter or a buffer: pass it as an argument with a
 # row for each member, or return the new value.
 #
-# ``called random operation while in randomness error mode``
-# ----------------------------------------------------------
+# ``randomness error mode``
+# -------------------------
 #
-# Say whose the random numbers are: ``"different"`` draws for each member, ``"same"``
+# From ``nn.Dropout``, too. ``randomness="different"`` draws for each member, ``"same"``
 # once for all. To repeat the numbers of a loop, draw outside:
 
 
@@ -259,33 +267,41 @@ check(vmap(torch.add)(xs, noise), loop)
 # %%
 # "Cannot ask for different inplace randomness on an unbatched tensor" comes from
 # ``torch.distributions.Normal(x, 1).rsample()``, even with ``"different"``: write
-# ``x + torch.randn_like(x)`` (tested).
+# ``x + torch.randn_like(x)``.
 #
-# ``Batch norm got a batched tensor as input``
-# --------------------------------------------
+# ``Batch norm got a batched tensor``
+# -----------------------------------
 #
-# One module for all has one running mean. In an ensemble every member has its own:
-# stack the buffers (``plot_state.py``), and nothing is refused. If the members are
-# samples, give the running statistics up:
+# One module for all has one running mean. ``bn.eval()`` is accepted. To train, stack
+# the buffers of an ensemble (``plot_state.py``); if the members are samples, say
+# ``track_running_stats=False``. ``momentum=None`` reads the number of minibatches by
+# ``.item()``; write instead, before each call, what it stands for:
 
-bn = nn.BatchNorm1d(6, **float64)  # refused
-bn_without = nn.BatchNorm1d(6, track_running_stats=False, **float64)  # what to write
+norms = [nn.BatchNorm1d(6, momentum=None, **float64) for _ in xs]
+params, buffers = stack_module_state(norms)
+skeleton = nn.BatchNorm1d(6, momentum=None, device="meta")
 
-print(says(bn, xs))
-check(vmap(bn_without)(xs), [bn(x) for x in xs])
+
+def norm_call(params, buffers, x):
+    return functional_call(skeleton, (params, buffers), (x,), strict=True)
+
+
+print(says(nn.BatchNorm1d(6, **float64), xs))  # refused
+print(says(norm_call, params, buffers, xs))  # refused, with momentum=None
+for step in [1, 2, 3]:
+    skeleton.momentum = 1 / step  # what to write
+    vmap(norm_call)(params, buffers, step * xs)
+    loop = [norm(step * x) for norm, x in zip(norms, xs, strict=True)]
+check(buffers["running_mean"], [norm.running_mean for norm in norms])
 
 # %%
-# With stacked buffers ``momentum=None`` alone is refused, since it reads the number of
-# minibatches by ``.item()``. All members have seen equally many, so say it before each
-# call: ``skeleton.norm.momentum = 1 / step`` (tested).
+# ``Batching rule not implemented``
+# ---------------------------------
 #
-# ``Batching rule not implemented``: LSTM, GRU and ``out=``
-# ---------------------------------------------------------
-#
-# Leave ``out=`` out. Write an LSTM out: here the shortest form, one layer and one
-# sequence; ``plot_what_vmap_runs.py`` has layers, minibatches and the GRU.
+# From an LSTM, a GRU, or ``out=``. Write an LSTM out: here one layer and one sequence;
+# ``plot_what_vmap_runs.py`` has layers, minibatches and the GRU.
 
-lstms = [nn.LSTM(6, 5, **float64) for _ in range(num_models)]
+lstms = [nn.LSTM(6, 5, **float64) for _ in xs]
 params, _ = stack_module_state(lstms)
 
 
@@ -309,8 +325,14 @@ print(says(module_call, params, xs))
 check(vmap(lstm)(params, xs), [m(x)[0] for m, x in zip(lstms, xs, strict=True)])
 
 # %%
-# ``You are attempting to call Tensor.requires_grad_()``
-# ------------------------------------------------------
+# Leave ``out=`` out:
+
+loop = [torch.sin(x, out=torch.empty_like(x)) for x in xs]  # refused
+check(vmap(torch.sin)(xs), loop)  # what to write
+
+# %%
+# ``attempting to call Tensor.requires_grad_()``
+# ----------------------------------------------
 #
 # Or "backward() called inside a functorch transform". Gradients inside of ``vmap`` are
 # functions:
@@ -336,14 +358,14 @@ check(vmap(grad(loss))(ws, xs), loop)  # what to write
 # Or leave autograd outside: ``vmap(loss)(ws, xs).sum().backward()``, as in
 # ``plot_training.py``.
 #
-# ``it must override the setup_context staticmethod``
-# ---------------------------------------------------
+# ``override the setup_context staticmethod``
+# -------------------------------------------
 #
 # In the new form of an ``autograd.Function``, ``forward`` has no ``ctx``,
-# ``setup_context`` saves, and a line asks for the rule:
+# ``setup_context`` saves, a line asks for the rule, and ``backward`` stays:
 
 
-class OldSign(torch.autograd.Function):  # refused
+class OldSign(Function):  # refused
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -354,7 +376,7 @@ class OldSign(torch.autograd.Function):  # refused
         return g * (ctx.saved_tensors[0].abs() < 1)
 
 
-class Sign(torch.autograd.Function):  # what to write
+class Sign(OldSign):  # what to write
     generate_vmap_rule = True
 
     @staticmethod
@@ -365,13 +387,6 @@ class Sign(torch.autograd.Function):  # what to write
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def backward(ctx, g):
-        return g * (ctx.saved_tensors[0].abs() < 1)
-
-
-# %%
-# The gradients of both:
 
 print(says(OldSign.apply, xs))
 leaf = xs.clone().requires_grad_()
@@ -380,6 +395,9 @@ check(vmap(grad(lambda x: (Sign.apply(x) * x).sum()))(xs), loop)
 
 # %%
 # Without ``generate_vmap_rule`` the message is "it does not have vmap support".
+#
+# Activation checkpoints inside of ``vmap`` say one of both, or "your tensor may have
+# escaped": write ``checkpoint(vmap(f), xs, use_reentrant=False)``, around ``vmap``.
 #
 # ``must only return Tensors``
 # ----------------------------
@@ -396,11 +414,11 @@ print(says(named, xs))
 check(sums, [named(x)[0] for x in xs])
 
 # %%
-# ``There is a performance drop``: slow, not refused
-# --------------------------------------------------
+# ``There is a performance drop``: slow
+# -------------------------------------
 #
-# Where ``vmap`` has no rule but can loop, it runs the operator once for each member.
-# Catch the warning, it names the operator:
+# Where ``vmap`` has no rule but can loop, it runs the operator once for each member and
+# warns. In your tests, make this an error, which names the operator:
 
 labels = torch.arange(num_models * 8, device=device).reshape(num_models, 8) ** 2 % 5
 
@@ -410,26 +428,19 @@ def count(y):  # slow
 
 
 def count_one_hot(y):  # what to write
-    return F.one_hot(y, 5).sum(0)
+    return nn.functional.one_hot(y, 5).sum(0)
 
 
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    vmap(count)(labels)
-texts = [str(w.message).split(". ")[0] for w in caught] or ["no warning here"]
-print(textwrap.fill("\n".join(texts), 88))
+with warnings.catch_warnings():
+    warnings.filterwarnings("error", message="There is a performance drop")
+    print(says(count, labels))
 check(vmap(count_one_hot)(labels), [count(y) for y in labels])
 
 # %%
-# ``nn.GRUCell`` warns too, and attention on a CPU (``plot_what_vmap_runs.py``). In your
-# tests, make the warning an error:
+# ``nn.GRUCell`` warns too, and attention on a CPU (``plot_what_vmap_runs.py``).
 #
-# .. code-block:: python
-#
-#    warnings.filterwarnings("error", message="There is a performance drop")
-#
-# The mistake: append, count or draw for each member
-# --------------------------------------------------
+# The mistake: append, count or draw
+# ----------------------------------
 #
 # All that Python does happens once, and nothing complains: a number drawn by Python or
 # NumPy is *one* for all members, an appended tensor also, and of no use after the call:
@@ -450,8 +461,8 @@ except RuntimeError as error:
     print(textwrap.fill(str(error), 88))
 
 # %%
-# Counters and hooks run once as well (tested). Return what you want to keep, and draw
-# with ``torch``:
+# Counters and hooks run once as well. Return what you want to keep, and draw with
+# ``torch``:
 
 
 def member_returns(x):  # what to write
@@ -463,9 +474,6 @@ print(f"{num_models} members: {len(drawn.unique())} numbers drawn")
 check(sums, [x.sum() for x in xs])
 
 # %%
-# Activation checkpoints keep tensors as well: write ``checkpoint(vmap(f), xs)``, not
-# ``vmap`` around ``checkpoint`` (tested).
-#
 # Remember
 # --------
 #
@@ -477,7 +485,6 @@ check(sums, [x.sum() for x in xs])
 # ----
 #
 # - ``plot_state.py``: batch norm, dropout and tied weights of an ensemble.
-# - ``plot_what_vmap_runs.py``: which operators run, and what is looped over.
 # - ``plot_recipes.py``: what one does with an ensemble, in a few lines each.
 #
 # References
