@@ -57,8 +57,8 @@ sphinx_gallery_conf = {
     "gallery_dirs": ["auto_tutorials"],
     "subsection_order": [
         "tutorials/basics",
-        "tutorials/speed",
         "tutorials/training",
+        "tutorials/speed",
         "tutorials/uncertainty",
         "tutorials/scale",
         "tutorials/beyond",

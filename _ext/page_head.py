@@ -46,7 +46,7 @@ def add_head(app, doctree):
         ran = figures.read(Path(app.srcdir, f"{app.env.docname}.py"))
         where = f"{runner.describe(ran['machine'])}, in {seconds:.3g} s."
         head += line("This page ran on ", nodes.Text(where))
-    else:
+    elif not doctree["recorded"]:
         text = "this page was built without running its code."
         head += line("Not run: ", nodes.Text(text))
     for path, machine, recorded_seconds, current, total in doctree["recorded"]:

@@ -255,6 +255,94 @@ def test_choosing_a_machine_with_the_keyboard(visit):
     assert shown(page) == after
 
 
+FOCUSED = """() => {
+    const element = document.activeElement;
+    const ring = [element, element.nextElementSibling, element.firstElementChild]
+        .filter(Boolean).map(each => getComputedStyle(each));
+    return {
+        name: element.ariaLabel || element.textContent.trim().split("\\n")[0],
+        tag: element.tagName,
+        seen: ring.some(style => style.outlineStyle != "none"
+            || !["none", ""].includes(style.boxShadow)),
+    };
+}"""
+
+
+def walk(page, stops=300):
+    """What the Tab key reaches, in order, until it leaves the page."""
+    for _ in range(stops):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            return
+        yield page.evaluate(FOCUSED)
+
+
+def test_the_tab_key_reaches_everything_and_shows_where_it_is(visit):
+    page = visit(f"{TUTORIAL}.html")
+    stops = list(walk(page))
+    assert not [stop for stop in stops if not stop["seen"]]
+    names = [stop["name"] for stop in stops]
+    assert names[0] == "Skip to main content"
+    assert {"Search", "Color mode", "Code of this figure"} <= set(names)
+    for part in ["Copy", "Download Jupyter notebook", "vmap", "previous", "next"]:
+        assert any(name.startswith(part) for name in names), part
+    assert len([stop for stop in stops if stop["tag"] == "INPUT"]) > 3, "machines"
+
+
+def focus(page, name):
+    """Walk to the first stop of that name."""
+    next(stop for stop in walk(page) if stop["name"].startswith(name))
+
+
+def test_theme_copy_and_search_with_the_keyboard(visit):
+    page = visit(f"{TUTORIAL}.html")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    focus(page, "Color mode")
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")  # to the first choice
+    page.keyboard.press("Enter")
+    chosen = page.evaluate("localStorage.getItem('mode')")
+    assert chosen != "light"
+    focus(page, "Copy")
+    page.keyboard.press("Enter")
+    page.wait_for_function("navigator.clipboard.readText().then(text => text)")
+    assert "import torch" in page.evaluate("navigator.clipboard.readText()")
+    page.keyboard.press("Control+k")
+    page.keyboard.type("batch norm")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/search.html?q=batch+norm*")
+
+
+@pytest.mark.parametrize("name", ["index", "auto_tutorials/index", TUTORIAL])
+def test_text_at_twice_its_size_loses_nothing(visit, name):
+    page = visit(f"{name}.html")
+    page.add_style_tag(content="html { font-size: 200% !important }")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    cut = """() => [...document.querySelectorAll("article :is(h1, h2, h3, p, li)")]
+        .filter(element => element.checkVisibility()
+            && getComputedStyle(element).display == "block"
+            && element.scrollWidth > element.clientWidth + 1)
+        .map(element => element.textContent)"""
+    assert not page.evaluate(cut)
+    title, link = (
+        page.locator(f".bd-header {part}").first.bounding_box()
+        for part in (".logo__title", ".nav-link")
+    )
+    assert title["x"] + title["width"] <= link["x"], "the header's words overlap"
+
+
+def test_figures_and_text_are_seen_with_forced_colors(visit):
+    page = visit(f"{TUTORIAL}.html", system_theme="dark")
+    page.emulate_media(forced_colors="active")
+    page.locator("img.tutorial-figure").first.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    image = Image.open(io.BytesIO(page.screenshot())).convert("L")
+    assert image.getpixel((2, 890)) < 50, "the system's background"
+    figure = page.locator("img.tutorial-figure").first.screenshot()
+    darkest, brightest = Image.open(io.BytesIO(figure)).convert("L").getextrema()
+    assert brightest - darkest > 150, "ink that differs from the background"
+
+
 def test_code_of_a_figure_is_folded_and_can_be_reached(visit):
     page = visit(f"{TUTORIAL}.html")
     folded = page.locator("details.figure-code").first
@@ -273,3 +361,7 @@ def test_print_shows_every_machine_and_all_code(visit):
     assert panels.count() > 6
     assert all(panel.is_visible() for panel in panels.all())
     assert page.locator("details.figure-code pre").first.is_visible()
+    navigation = ".bd-sidebar-primary, .bd-sidebar-secondary, .prev-next-footer, nav"
+    buttons = ".copybtn, .search-button__button, .theme-switch-button"
+    shown = page.locator(f":is({navigation}, {buttons}):visible")
+    assert not shown.all(), shown.first.evaluate("element => element.outerHTML")

@@ -3,6 +3,7 @@
 import datetime
 import gzip
 import importlib.metadata
+import itertools
 import json
 import re
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -145,6 +146,13 @@ def test_pages_load_only_the_icons_that_they_show(pages, html):
 
 def test_reading_order_names_every_page():
     assert set(reading_order.ORDER) == {path.name for path in TUTORIALS}
+
+
+@pytest.mark.parametrize(("name", "follows"), itertools.pairwise(reading_order.ORDER))
+def test_next_begins_with_the_page_that_follows(name, follows):
+    (tutorial,) = [path for path in TUTORIALS if path.name == name]
+    text = tutorial.read_text(encoding="utf-8").split("\n# Next\n# ----\n")[1]
+    assert re.search("``(plot_.*?)``", text)[1] == follows
 
 
 def test_prose_links_to_other_pages_by_title(pages, html):

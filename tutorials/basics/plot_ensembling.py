@@ -265,10 +265,9 @@ except ValueError as error:
 # Next
 # ----
 #
+# - ``plot_recipes.py``: what one does with an ensemble, a few lines each.
 # - ``plot_training.py`` trains all models with one optimizer.
 # - ``plot_when_vmap_pays.py`` says for which models and batches one call is faster.
-# - ``plot_what_vmap_runs.py`` shows the operators behind the one call.
-# - ``plot_saving.py`` saves the ensemble and takes one model out again.
 #
 # References
 # ----------

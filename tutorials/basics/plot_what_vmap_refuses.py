@@ -484,8 +484,8 @@ check(sums, [x.sum() for x in xs])
 # Next
 # ----
 #
+# - ``plot_from_functorch.py``: older code, and code from JAX.
 # - ``plot_state.py``: batch norm, dropout and tied weights of an ensemble.
-# - ``plot_recipes.py``: what one does with an ensemble, in a few lines each.
 #
 # References
 # ----------

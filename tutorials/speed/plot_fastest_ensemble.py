@@ -371,7 +371,6 @@ else:
 #
 # - ``plot_how_equal.py``: what fewer bits do to your results.
 # - ``plot_memory.py``: what ``vmap`` costs in memory, and how chunks help.
-# - ``plot_what_vmap_runs.py``: which layers ``vmap`` turns into slow kernels.
 #
 # References
 # ----------

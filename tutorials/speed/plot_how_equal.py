@@ -375,8 +375,7 @@ print(f"worst: a logit of {in_loop.flat[worst]:.0e}; the largest is {size:.0e}")
 # Next
 # ----
 #
-# - ``plot_what_vmap_runs.py`` shows which operators do the sums.
-# - ``plot_training.py`` trains an ensemble in one call.
+# - ``plot_memory.py``: what one call costs in memory, and how chunks help.
 #
 # References
 # ----------

@@ -390,8 +390,8 @@ fig.set_label(f"Memory in use over time; {', '.join(note.splitlines())}.")
 # Next
 # ----
 #
-# ``plot_when_vmap_pays.py`` is about time, ``plot_training.py`` uses the gradients, and
-# ``plot_saving.py`` makes a row of the stack a module.
+# - ``plot_regression.py``: what all the members are for.
+# - ``plot_many_devices.py``: more members than one device holds.
 #
 # References
 # ----------

@@ -375,7 +375,6 @@ except RuntimeError as problem:
 # Next
 # ----
 #
-# - ``plot_when_vmap_pays.py``: at which sizes the single call wins.
 # - ``plot_fastest_ensemble.py``: other ways to run the same layers.
 # - ``plot_memory.py``: what the larger tensors cost.
 #

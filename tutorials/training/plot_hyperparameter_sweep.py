@@ -360,8 +360,7 @@ for kind in (torch.optim.SGD, torch.optim.Adam):
 # ----
 #
 # - ``plot_population.py``: let the members tune their rates while they train.
-# - ``plot_training.py``: clip the gradient of each member; the compiled form.
-# - ``plot_saving.py``: keep the winner as an ordinary module.
+# - ``plot_memory.py``: when so many members do not fit.
 #
 # References
 # ----------

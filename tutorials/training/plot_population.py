@@ -339,9 +339,8 @@ print(f"a step moves the new tensors by {(params['2.bias'] - before).abs().max()
 # Next
 # ----
 #
-# - ``plot_hyperparameter_sweep.py``: the same rates as a map, with the lost members.
-# - ``plot_training.py``: one setting for all, and the compiled form.
-# - ``plot_saving.py``: keep the winner as an ordinary module.
+# - ``plot_when_vmap_pays.py``: for which networks one call is faster.
+# - ``plot_from_many_to_few.py``: keep a team of five instead of one winner.
 #
 # References
 # ----------

@@ -374,8 +374,7 @@ for name, model in {"models[3]": old, "ensemble.member(3)": ensemble.member(3)}.
 # Next
 # ----
 #
-# - ``plot_training.py``: the training loop, and the best state of each member.
-# - ``plot_state.py``: what belongs to a member, and what all share.
+# - ``plot_hyperparameter_sweep.py``: a learning rate for each member.
 # - ``plot_population.py``: replacing bad members by good ones while they train.
 # - ``plot_memory.py``: how to stack without holding every model twice.
 #

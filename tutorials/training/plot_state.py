@@ -379,9 +379,8 @@ for training in [True, False]:
 # Next
 # ----
 #
-# - ``plot_training.py`` trains the stacked state with one optimizer.
-# - ``plot_hyperparameter_sweep.py`` gives every member its own learning rate.
 # - ``plot_saving.py`` keeps parameters, buffers and skeleton together in one module.
+# - ``plot_hyperparameter_sweep.py`` gives every member its own learning rate.
 # - PyTorch's page on `limitations
 #   <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_ of ``vmap``.
 #

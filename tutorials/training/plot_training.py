@@ -385,9 +385,12 @@ for decay in [0, 1e-3]:
 # looks at more than one number (a norm, a best state) has to be done for each member.
 # Compare a few members with their training alone, in float64.
 #
-# **Next**: ``plot_hyperparameter_sweep.py`` gives each member its own learning rate,
-# ``plot_state.py`` adds batch normalization and dropout, ``plot_saving.py`` saves the
-# stack and takes one member out.
+# Next
+# ----
+#
+# - ``plot_state.py`` adds batch normalization and dropout.
+# - ``plot_saving.py`` saves the stack and takes one member out.
+# - ``plot_hyperparameter_sweep.py`` gives each member its own learning rate.
 #
 # References
 # ----------

@@ -384,8 +384,11 @@ compare("mean of logits", "mean of probabilities")
 # Each further member buys less; what all get wrong together stays. **Compare with one
 # large network, each with its own rate and temperature**, before you pay.
 #
-# **Next**: ``plot_unknown_inputs.py`` asks the same of inputs that are no digits,
-# ``plot_from_many_to_few.py`` distills a team.
+# Next
+# ----
+#
+# - ``plot_unknown_inputs.py`` asks the same of inputs that are no digits.
+# - ``plot_from_many_to_few.py`` distills a team.
 #
 # References
 # ----------

@@ -95,7 +95,7 @@ def predict(params, x):
     return call(params)
 
 
-x_test = torch.linspace(-6, 6, 241, device=device)
+x_test = torch.linspace(-6, 6, 121, device=device)
 means, variances = (t.unflatten(0, (num_sets, -1)) for t in predict(params, x_test))
 print("means and variances [set, member, point]:", list(means.shape))
 
@@ -183,7 +183,7 @@ for model, own_x, own_y in zip(few, x64, y64, strict=True):
         F.gaussian_nll_loss(center, own_y, var).backward()
         optimizer.step()
 
-together = torch.stack(predict(stack, at64))  # [2, 4, 241]: means, variances
+together = torch.stack(predict(stack, at64))  # [2, 4, 121]: means, variances
 with torch.no_grad():
     alone = torch.stack([torch.stack(model(at64)) for model in few], dim=1)
 off = (together - alone).abs().max() / alone.abs().max()
@@ -315,7 +315,7 @@ fig.set_label(
 # The average of the members' standard deviations looks like the ensemble's. It leaves
 # out ignorance: ten members that are sure of ten different things come out sure.
 
-averaged = variances.sqrt().mean(1) ** 2  # [20, 241]
+averaged = variances.sqrt().mean(1) ** 2  # [20, 121]
 for name, var in [("averaged", averaged), ("mixture", total)]:
     loss = gaussian_nll(mean, var, y_test)[:, ~inside].mean(1)
     print(f"{name:8}: NLL outside {loss.quantile(0.5):6.2f} (median of the data sets)")
@@ -334,8 +334,11 @@ for name, var in [("averaged", averaged), ("mixture", total)]:
 # noise where there are data; the second is large where members were never told what to
 # predict. It says where not to trust the ensemble, not how wrong it is.
 #
-# **Next**: ``plot_unknown_inputs.py`` asks the same of images, ``plot_more_members.py``
-# says what each further member buys, ``plot_saving.py`` keeps the stack.
+# Next
+# ----
+#
+# - ``plot_more_members.py``: what each further member buys.
+# - ``plot_unknown_inputs.py``: the same question for images.
 #
 # References
 # ----------

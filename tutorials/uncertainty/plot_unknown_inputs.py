@@ -367,8 +367,10 @@ fig.set_label("Accuracy against the share answered, for three scores, and the ce
 # disagreement. **Judge both on inputs like yours, beside one larger network, each with
 # a temperature**, at a threshold from validation.
 #
-# **Next**: ``plot_more_members.py`` sets members against width on known digits;
-# ``plot_regression.py`` predicts numbers instead of classes.
+# Next
+# ----
+#
+# - ``plot_from_many_to_few.py``: choose a team, then keep one network.
 #
 # References
 # ----------
