@@ -1,14 +1,16 @@
-"""What plot_from_many_to_few.py relies on: selection, nested vmap, softening."""
+"""What plot_from_many_to_few.py relies on: selection, scores, the team as a teacher."""
 
 import itertools
 
 import pytest
 import torch
 from pages import names_of
-from torch.func import functional_call, stack_module_state, vmap
+from sklearn.metrics import accuracy_score, log_loss
+from torch.func import stack_module_state
 from torch.nn import functional as F
 
-PAGE = names_of("uncertainty/plot_from_many_to_few", "check", "nll", "greedy")
+USED = "check nll greedy make_models predict probs_of losses_of score verdict ask_team"
+PAGE = names_of("uncertainty/plot_from_many_to_few", *USED.split())
 nll, greedy = PAGE["nll"], PAGE["greedy"]
 
 
@@ -42,6 +44,13 @@ def test_greedy_is_not_always_the_best_of_all_teams():
     assert nll(probs[team].mean(dim=0), labels) > loss[1, 2]
 
 
+def test_the_worst_member_can_be_the_best_partner():
+    right = torch.tensor([[9, 9, 9, 1], [9, 9, 9, 0.8], [4, 4, 4, 8]]) / 10
+    probs, labels = torch.stack([right, 1 - right], dim=-1), torch.zeros(4).long()
+    assert torch.stack([nll(p, labels) for p in probs]).argsort().tolist() == [0, 1, 2]
+    assert greedy(probs, labels, size=2) == [0, 2]
+
+
 def test_a_team_is_never_worse_than_its_members_on_average():
     # Jensen: the loss of the mean is at most the mean of the losses.
     probs, labels = members()
@@ -50,47 +59,80 @@ def test_a_team_is_never_worse_than_its_members_on_average():
         assert nll(probs[list(team)].mean(dim=0), labels) <= alone[list(team)].mean()
 
 
-def test_nested_vmap_is_a_loop_over_splits_and_members():
-    torch.manual_seed(0)
-    models = [torch.nn.Linear(4, 3).double() for _ in range(6)]
+def page_with(**globals_of_the_page):
+    PAGE.update(device=torch.device("cpu"), **globals_of_the_page)
+    PAGE["skeleton"] = PAGE["make_models"](1)[0].to("meta")
+    return PAGE
+
+
+def stacked(models):
     params, _ = stack_module_state(models)
-    params = {k: p.detach().unflatten(0, (2, 3)) for k, p in params.items()}
-    x = torch.randn(2, 5, 4, dtype=torch.float64)  # one set of images for each split
-    skeleton = torch.nn.Linear(4, 3, device="meta")
-
-    def predict(params, x):
-        return functional_call(skeleton, params, (x,), strict=True)
-
-    together = vmap(vmap(predict, in_dims=(0, None)))(params, x)
-    for split, member in itertools.product(range(2), range(3)):
-        alone = models[3 * split + member](x[split])
-        torch.testing.assert_close(together[split, member], alone, rtol=0, atol=1e-12)
+    return {k: p.detach() for k, p in params.items()}
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
-def test_adam_divides_a_factor_of_the_loss_away(optimizer):
-    # So distillation with Adam needs no factor T ** 2; with SGD it does.
-    def trained(kind, factor):
-        torch.manual_seed(0)
-        p = torch.nn.Parameter(torch.randn(8, dtype=torch.float64))
-        a = torch.randn(30, 8, dtype=torch.float64)
-        optimizer = getattr(torch.optim, kind)([p], lr=0.01)
-        for row in a:
-            optimizer.zero_grad()
-            (factor * (1 + (row @ p) ** 2).log()).backward()
-            optimizer.step()
-        return p.detach()
-
-    far = (trained("SGD", 9) - trained("SGD", 1)).abs().max()
-    near = (trained(optimizer, 9) - trained(optimizer, 1)).abs().max()
-    assert near < 1e-5 < 1e-2 < far
+def test_the_teacher_is_the_average_of_its_own_team():
+    torch.manual_seed(0)
+    page = page_with()
+    models = page["make_models"](6)  # a team of three for each of two students
+    params = {k: p.unflatten(0, (2, 3)) for k, p in stacked(models).items()}
+    page["team_params"] = params
+    x = torch.randn(2, 5, 64)  # each student has images of its own
+    probs = page["ask_team"](x)
+    for student, own in enumerate((models[:3], models[3:])):
+        with torch.no_grad():
+            alone = sum(model(x[student]).softmax(dim=-1) for model in own) / 3
+        torch.testing.assert_close(probs[student], alone)
 
 
-def test_a_distilled_network_can_reach_the_team_at_a_temperature():
-    # The minimum of the loss with both sides at T is the team itself at T = 1.
+def test_predictions_are_those_of_the_own_split_and_a_diverged_network_is_not_picked():
+    torch.manual_seed(0)
+    images, rows = torch.randn(30, 64), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    page = page_with(images=images, num_splits=2)
+    models = page["make_models"](4)  # two in each split
+    torch.nn.init.constant_(models[3][0].weight, torch.nan)
+    probs = page["probs_of"](stacked(models), rows)
+    for i, model in enumerate(models[:3]):
+        with torch.no_grad():
+            alone = model(images[rows[i // 2]]).softmax(dim=-1)
+        torch.testing.assert_close(probs[i // 2, i % 2], alone)
+    assert (probs[1, 1] == 0.1).all()
+    easy = probs[1, 0].argmax(dim=-1)  # labels that the sound network gets right
+    assert greedy(probs[1], easy, size=1) == [0]
+
+
+def test_not_a_number_is_refused_by_selection():
+    probs, labels = members()
+    probs[2, 7] = torch.nan
+    with pytest.raises(ValueError, match="must be probabilities"):
+        greedy(probs, labels, size=2)
+
+
+def test_scores_are_those_of_scikit_learn():
+    probs, labels = zip(*(members() for _ in range(2)), strict=True)
+    probs, labels = torch.stack(probs), torch.stack(labels)
+    page = page_with(y_test=labels)
+    found = page["score"](probs)  # [split, 2]
+    for split in range(2):
+        mean, y = probs[split].mean(dim=0), labels[split]
+        wrong = 100 * (1 - accuracy_score(y, mean.argmax(dim=-1)))
+        assert found[split, 0].item() == pytest.approx(wrong)
+        assert found[split, 1].item() == pytest.approx(
+            log_loss(y, mean, labels=range(10))
+        )
+
+
+@pytest.mark.parametrize(("sign", "word"), [(1, "worse"), (-1, "better")])
+def test_a_difference_counts_from_three_standard_errors(sign, word):
+    verdict, noise = PAGE["verdict"], torch.tensor([-1.0, 1.0] * 8)
+    error = noise.std() / 16**0.5
+    assert verdict(sign * 3.1 * error + noise).endswith(word)
+    assert verdict(sign * 2.9 * error + noise).endswith("not certain")
+
+
+def test_a_distilled_network_can_reach_the_team():
+    # The loss on the team's probabilities is least where the student gives them.
     probs, _ = members()
-    team, temperature = probs.mean(dim=0), 3.0
+    team = probs.mean(dim=0)
     logits = team.log().requires_grad_()
-    target = (team.log() / temperature).softmax(dim=-1)
-    F.cross_entropy(logits / temperature, target).backward()
+    F.cross_entropy(logits, team).backward()
     assert logits.grad.abs().max() < 1e-12
