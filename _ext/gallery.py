@@ -140,28 +140,29 @@ def link_pages(text, address):
     return re.sub(r"`+(plot_\w+\.py)`+", link, text)
 
 
+def prepare_notebook(notebook, address):
+    """Make a notebook say what it needs, link its pages, close the code of figures."""
+    code = ""
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            code += source + "\n"
+            if runner.draws(source):
+                cell["metadata"]["jupyter"] = {"source_hidden": True}
+        elif address:
+            cell["source"] = link_pages(source, address)
+    first = nbformat.v4.new_code_cell(needs(code))
+    if notebook["nbformat_minor"] < 5:
+        del first["id"]
+    notebook["cells"].insert(0, first)
+    return notebook
+
+
 def prepare_notebooks(app, config):
-    """Downloaded notebooks say what they need, and close the code of figures."""
+    """Prepare the notebooks that Sphinx-Gallery writes."""
     make = gen_rst.jupyter_notebook
     address = config.html_baseurl.rstrip("/")
-
-    def make_prepared(*args):
-        notebook = make(*args)
-        code = ""
-        for cell in notebook["cells"]:
-            source = "".join(cell["source"])
-            if cell["cell_type"] == "code":
-                code += source + "\n"
-                if runner.draws(source):
-                    cell["metadata"]["jupyter"] = {"source_hidden": True}
-            elif address:
-                cell["source"] = [link_pages(source, address)]
-        first = nbformat.v4.new_code_cell(needs(code))
-        del first["id"]  # Sphinx-Gallery writes format 4.2, which has none
-        notebook["cells"].insert(0, first)
-        return notebook
-
-    gen_rst.jupyter_notebook = make_prepared
+    gen_rst.jupyter_notebook = lambda *args: prepare_notebook(make(*args), address)
 
 
 def setup(app):

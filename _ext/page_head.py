@@ -11,7 +11,7 @@ from sphinx import addnodes
 from sphinx.util import logging
 
 import runner
-from _ext import figures, gallery
+from _ext import downloads, figures, gallery
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ def add_head(app, doctree):
         where = f"{runner.describe(machine)}, in {recorded_seconds:.1f} s"
         if current == total:
             name = nodes.Text("the notebook with these outputs")
-            link = addnodes.download_reference("", "", name, reftarget=f"/{path}")
+            place = downloads.write(app, runner.ROOT / path)
+            link = addnodes.download_reference("", "", name, reftarget=f"/{place}")
             where = [nodes.Text(where + " ("), link, nodes.Text(").")]
         else:
             changed = (

@@ -148,7 +148,10 @@ def test_reading_order_names_every_page():
     assert set(reading_order.ORDER) == {path.name for path in TUTORIALS}
 
 
-@pytest.mark.parametrize(("name", "follows"), itertools.pairwise(reading_order.ORDER))
+PAIRS = list(itertools.pairwise(reading_order.ORDER))
+
+
+@pytest.mark.parametrize(("name", "follows"), PAIRS)
 def test_next_begins_with_the_page_that_follows(name, follows):
     (tutorial,) = [path for path in TUTORIALS if path.name == name]
     text = tutorial.read_text(encoding="utf-8").split("\n# Next\n# ----\n")[1]
