@@ -39,6 +39,7 @@ PHRASES = {
     "uncertainty/plot_regression": ["aleatoric and epistemic uncertainty"],
     "scale/plot_many_devices": ["multi gpu ensemble", "ddp ensemble", "multiple gpus"],
     "scale/plot_checkpoints": ["distributed checkpoint", "resume killed training"],
+    "scale/plot_how_far": ["thousands of models", "a million models", "how many gpus"],
     "beyond/plot_per_sample_gradients": ["per-example gradients", "dp-sgd clipping"],
     "beyond/plot_jacobians_and_hessians": ["hessian vector product", "jacobian batch"],
 }
