@@ -13,6 +13,7 @@ ORDER = [
     "plot_saving.py",
     "plot_hyperparameter_sweep.py",
     "plot_population.py",
+    "plot_faster_training.py",
     "plot_when_vmap_pays.py",
     "plot_what_vmap_runs.py",
     "plot_fastest_ensemble.py",

@@ -28,6 +28,7 @@ PHRASES = {
         "learning rate per member",
     ],
     "training/plot_state": ["batch norm vmap", "dropout vmap", "tied weights"],
+    "training/plot_faster_training": ["compile training step", "fused adam vmap"],
     "training/plot_training": ["train ensemble vmap", "gradient clipping per model"],
     "training/plot_saving": ["save ensemble", "load ensemble", "unstack models"],
     "uncertainty/plot_unknown_inputs": [

@@ -40,7 +40,7 @@ def test_the_sections_hold_pages_and_nothing_else():
     )
 
 
-@pytest.mark.parametrize("name", ["plot_fastest_ensemble", "plot_training"])
+@pytest.mark.parametrize("name", ["plot_fastest_ensemble", "plot_faster_training"])
 def test_without_a_compiler_the_compiled_ways_are_left_out(name, tmp_path):
     (tutorial,) = runner.named(f"{name}.py")
     done = run(sys.executable, tutorial, cwd=tmp_path, PATH=str(tmp_path))

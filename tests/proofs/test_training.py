@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vmap
 
 NUM_MODELS, NUM_STEPS = 5, 30
 
@@ -182,22 +182,3 @@ def test_a_member_with_nan_leaves_the_others_as_they_are(models, data):
     apart = distances(ill, well)
     assert apart[3].isnan()
     assert apart[[0, 1, 2, 4]].max() < 1e-10
-
-
-def test_adam_written_out_under_vmap_is_adam(models, data):
-    def adam_step(params, means, squares, count, x, y, lr=0.01):
-        grads, loss = grad_and_value(member_loss)(params, x, y)
-        means = {k: 0.9 * means[k] + 0.1 * g for k, g in grads.items()}
-        squares = {k: 0.999 * squares[k] + 0.001 * g**2 for k, g in grads.items()}
-        rate, unbias = lr / (1 - 0.9**count), 1 - 0.999**count
-        steps = {k: means[k] / ((squares[k] / unbias).sqrt() + 1e-8) for k in grads}
-        params = {k: p - rate * steps[k] for k, p in params.items()}
-        return params, means, squares, loss
-
-    params = {name: p.detach() for name, p in stack_module_state(models)[0].items()}
-    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
-    state = params, zeros, zeros
-    counts = torch.arange(1, NUM_STEPS + 1, dtype=torch.float64)
-    for count, x, y in zip(counts, *data, strict=True):
-        *state, _ = vmap(adam_step, in_dims=(0, 0, 0, None, 0, 0))(*state, count, x, y)
-    assert distances(state[0], train_alone(models, data, adam)).max() < 1e-10

@@ -286,7 +286,7 @@ print(f"{max(ratio, 1 / ratio):.1f}x {verdict}")
 #
 # A step is *not* proportional to momentum, betas or epsilon. For these, write the
 # optimizer for one member, state in and new state out, and map it. This form can be
-# compiled as a whole, see ``plot_training.py``.
+# compiled as a whole, see ``plot_faster_training.py``.
 
 
 def adam_step(params, first, second, setting, t, x, y):

@@ -18,10 +18,6 @@ Before you start, read ``plot_ensembling.py``: it explains the stack and ``vmap`
 # ------
 
 import copy
-import platform
-import shutil
-import time
-import warnings
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -29,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.benchmark import Measurement, Timer
 
 torch.manual_seed(0)
@@ -284,80 +280,8 @@ for size in [1, 3, 10, 100, 300]:
 
 # %%
 # **Where one call wins by much**, calling the operators takes longer than their
-# arithmetic. Larger networks gain less, or lose: ``plot_when_vmap_pays.py``.
-#
-# Faster: fused and compiled
-# --------------------------
-#
-# ``fused=True`` makes one operator of Adam's many. ``torch.compile`` fuses the whole
-# step, backward pass included. For that, write the optimizer out for **one** member;
-# the copies at the end keep the state in place, so that no step needs fresh memory.
-
-
-def adam_step(params, means, squares, count, x, y, lr=0.001):
-    grads, loss = grad_and_value(member_loss)(params, x, y)
-    means = {k: 0.9 * means[k] + 0.1 * g for k, g in grads.items()}
-    squares = {k: 0.999 * squares[k] + 0.001 * g**2 for k, g in grads.items()}
-    rate, unbias = lr / (1 - 0.9**count), 1 - 0.999**count
-    steps = {k: means[k] / ((squares[k] / unbias).sqrt() + 1e-8) for k in grads}
-    params = {k: p - rate * steps[k] for k, p in params.items()}
-    return params, means, squares, loss
-
-
-def ensemble_step(state, count, x, y):
-    *new, losses = vmap(adam_step, in_dims=(0, 0, 0, None, 0, 0))(*state, count, x, y)
-    for old, fresh in zip(state, new, strict=True):
-        for name, p in old.items():
-            p.copy_(fresh[name])
-    return losses
-
-
-usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
-form, step_all = "written out", ensemble_step
-if shutil.which(usual):
-    with warnings.catch_warnings(action="ignore"):  # torch's remarks on itself
-        form, step_all = "compiled", torch.compile(ensemble_step)
-else:
-    print("No C++ compiler was found: the compiled form is left out.")
-
-# %%
-# Five steps show that it is Adam. The first one compiles:
-
-members, params, *data = prepare(1000)
-optimizer = torch.optim.Adam(params.values())
-kinds = torch.clone, torch.zeros_like, torch.zeros_like
-state = [{name: kind(p.detach()) for name, p in params.items()} for kind in kinds]
-seconds = []
-for count in torch.arange(1, 6, device=device):
-    began = time.perf_counter()
-    with warnings.catch_warnings(action="ignore"):
-        losses = step_all(state, count, *data)
-    seconds.append(time.perf_counter() - began)
-    expected = train_step(params, optimizer, *data)
-off = (losses - expected).abs().max()
-assert off < 1e-3, f"the {form} step is not that of torch.optim.Adam: {off:.1e} apart"
-print(f"first call, {form}: {seconds[0]:.1f} s")
-
-# %%
-# One step of 1,000 members in all forms:
-
-fused = torch.optim.Adam(params.values(), fused=True)
-alone = [torch.optim.Adam(m.parameters()) for m in members]
-forms = {
-    "loop": partial(train_step_each, members, alone, *data),
-    "together": partial(train_step, params, optimizer, *data),
-    "fused": partial(train_step, params, fused, *data),
-    form: partial(step_all, state, count, *data),
-}
-times = dict(zip(forms, in_turns(*forms.values()), strict=True))
-print("fastest here:", min(times, key=lambda name: times[name].median))
-for name, t in times.items():
-    gain = f"{times['loop'].median / t.median:.1f}x the loop's speed"
-    print(f"{name:11} {t.median * 1e3:6.2f} ms ({t.iqr * 1e3:.2f}), {gain}")
-
-# %%
-# **Compiling saves** operator calls and passes over memory. Each new size compiles
-# again, and a short training may not earn the first call back.
+# arithmetic. Larger networks gain less, or lose: ``plot_when_vmap_pays.py``. Fused and
+# compiled steps: ``plot_faster_training.py``.
 #
 # The mistake: the mean in place of the sum
 # -----------------------------------------
