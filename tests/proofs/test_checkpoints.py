@@ -33,7 +33,10 @@ def check_checkpoint(folder, num_models, num_steps):
 
 FORKED = """
 import torch.multiprocessing as mp
+from datetime import timedelta
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+cpu = torch.device("cpu")
 
 
 def join(rank, world, name):
@@ -47,14 +50,14 @@ def join(rank, world, name):
 def go_on(rank, world, num_models, folder, until, dies=False):
     join(rank, world, f"{folder}-{until}-{dies}")
     members = share(num_models, rank, world)
-    params, optimizer = begin(members, "cpu")
-    done = load_latest(params, optimizer, num_models, "cpu", folder)
+    params, optimizer = begin(members, cpu)
+    done = load_latest(params, optimizer, num_models, cpu, folder)
     assert done == until - 10, done
     for step in range(done + 1, until + 1):
-        train_step(params, optimizer, members, step, "cpu")
+        train_step(params, optimizer, members, step, cpu)
     if dies and rank == world - 1:
         FileSystemWriter.write_data = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-    save(params, optimizer, num_models, "cpu", folder, until)
+    save(params, optimizer, num_models, cpu, folder, until)
     dist.destroy_process_group()
 
 
@@ -107,11 +110,39 @@ for world in (4, 2, 1):
     fork(save_or_load, world, 5, False)
 """
 
+OTHER_SPLIT = """
+def split_otherwise(rank, world, num_models):
+    join(rank, world, "other-split")
+    members = torch.arange(num_models).tensor_split(world)[rank].tolist()
+    params, optimizer = begin(members, cpu)
+    if len(members) != len(share(num_models, rank, world)):
+        try:
+            declare(params, optimizer, num_models, cpu)
+        except ValueError as error:
+            Path(f"refused-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+fork(split_otherwise, 4, 10)
+"""
+
+NO_STEP = """
+def begin_anew(rank, world):
+    join(rank, world, "no-step")
+    Path("named/best").mkdir(parents=True, exist_ok=True)
+    Path("named/best/.metadata").touch()  # a folder of another name is no step
+    assert load_latest({}, None, 4, cpu, "named") == 0
+    dist.destroy_process_group()
+
+
+fork(begin_anew, 2)
+"""
+
 MISTAKE = """
 def mistaken(rank, world, num_models):
     join(rank, world, "mistake")
-    save_plain(begin(share(num_models, rank, world), "cpu")[0], rank)
-    dist.destroy_process_group()
+    dist.init_process_group = lambda backend: None  # done
+    save_plain(num_models)
 
 
 fork(mistaken, 4, 8)
@@ -121,7 +152,8 @@ fork(mistaken, 4, 8)
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forked")
-    script = FUNCTIONS + FORKED + CHAIN + HALF + BY_MEMBER + MISTAKE
+    script = FUNCTIONS + FORKED + CHAIN + HALF + BY_MEMBER + OTHER_SPLIT + NO_STEP
+    script += MISTAKE
     status, errors = finished(script, folder)
     assert status == 0, errors
     return folder
@@ -140,9 +172,18 @@ def test_a_death_while_writing_leaves_no_metadata_and_the_step_is_done_again(for
 
 
 def test_plain_tensors_under_one_name_are_those_of_process_0(forked):
-    loaded = [torch.load(forked / "mistake" / f"{rank}.pt") for rank in range(4)]
+    loaded = [torch.load(forked / f"{rank}.pt") for rank in range(4)]
     first = undisturbed(2, 0)["0.weight"]
     assert all(torch.equal(rows, first) for rows in loaded)
+
+
+def test_another_split_than_that_of_shard_0_is_refused(forked):
+    # 10 members in 4 processes: 3, 3, 2, 2 where Shard(0) means 3, 3, 3, 1
+    refused = {path.name: path.read_text() for path in forked.glob("refused-*")}
+    assert refused == {
+        "refused-2": "2 rows, where Shard(0) means 3",
+        "refused-3": "2 rows, where Shard(0) means 1",
+    }
 
 
 def test_a_name_for_each_member_needs_no_dtensor(forked):
@@ -155,35 +196,39 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0
 
 
 def test_four_processes_are_killed_and_two_go_on(tmp_path):
-    killed, anew = (f"{FUNCTIONS}work(8, 30, 'cpu'{more})\n" for more in (", 15", ""))
-    script = (
-        f"{FUNCTIONS}import sys\nfor n, script in [(4, {killed!r}), (2, {anew!r})]:\n"
-    )
-    status, errors = finished(
-        f"{script}    print(launch(n, script, '.'), file=sys.stderr)\n", tmp_path
-    )
+    anew = f"{FUNCTIONS}work(8, 30, 'saved')\n"
+    killed = f"{FUNCTIONS}minibatch = killing(minibatch, 7, 16)\nwork(8, 30, 'saved')\n"
+    script = f"""{FUNCTIONS}
+launch(4, {killed!r}, ".", "saved/10/.metadata")
+assert not Path("saved/20/.metadata").exists()
+said = launch(2, {anew!r}, ".", "saved/30/.metadata")
+assert said.strip() == "2 processes go on after step 10", said
+"""
+    status, errors = finished(script, tmp_path)
     assert status == 0, errors
-    assert "SIGKILL" in errors
-    assert {path.parent.name for path in tmp_path.glob("*/.metadata")} == {
-        *["10", "20", "30"]
-    }
-    check_checkpoint(tmp_path / "30", 8, 30)
+    saved = {path.parent.name for path in tmp_path.glob("saved/*/.metadata")}
+    assert saved == {"10", "20", "30"}
+    check_checkpoint(tmp_path / "saved" / "30", 8, 30)
 
 
 def test_the_variable_lets_torchrun_restart_a_killed_job(tmp_path):
-    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
-    script = f"{FUNCTIONS}work(8, 30, 'cpu', 15 if {first} else None)\n"
+    script = f"""{FUNCTIONS}
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    minibatch = killing(minibatch, 7, 16)
+work(8, 30, "saved")
+"""
     options = [*TORCHRUN, "--log-dir=.", "--nproc-per-node=2", "--max-restarts=1"]
     variable = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     # torchrun may abort at its very end, when all is saved: its status says little.
     _, errors = finished(script, tmp_path, *options, **variable)
-    assert (tmp_path / "30" / ".metadata").exists(), errors
-    check_checkpoint(tmp_path / "30", 8, 30)
+    assert (tmp_path / "saved" / "30" / ".metadata").exists(), errors
+    assert "exitcode: -9" in errors, errors
+    check_checkpoint(tmp_path / "saved" / "30", 8, 30)
 
 
 def test_an_interrupt_leaves_no_process_and_no_file(tmp_path):
     script = f"""{FUNCTIONS}
 with tempfile.TemporaryDirectory() as folder:
-    launch(2, {WAITING!r}, folder)
+    launch(2, {WAITING!r}, folder, "a file")
 """
     check_that_an_interrupt_leaves_nothing(script, tmp_path)

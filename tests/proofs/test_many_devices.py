@@ -1,7 +1,7 @@
 """What plot_many_devices.py says in a clause, with the functions of that page."""
 
 import torch
-from pages import functions_of
+from pages import functions_of, names_of
 from processes import WAITING, check_that_an_interrupt_leaves_nothing, finished
 
 FUNCTIONS = functions_of("scale/plot_many_devices")
@@ -9,6 +9,7 @@ FUNCTIONS = functions_of("scale/plot_many_devices")
 # Processes by fork, which need not import torch again; a file in place of a port.
 FORKED = """
 import torch.multiprocessing as mp
+from datetime import timedelta
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +28,7 @@ def one(rank, world, num_models):
     dist.init_process_group(
         "gloo", timeout=limit, store=store, rank=rank, world_size=world
     )
-    x, _ = minibatch(-1, 0)
+    x, _ = minibatch(num_models, 0)
     with Count() as training:
         params = train(share(num_models, rank, world), 20, "cpu")
     with Count() as predicting:
@@ -41,8 +42,9 @@ def one(rank, world, num_models):
     dist.destroy_process_group()
 
 
-for num_models in (5, 7, 8):
-    for world in (1, 2, 4):
+worlds = {5: (1, 2, 3), 7: (1, 2, 4), 8: (1, 2, 4)}
+for num_models in worlds:
+    for world in worlds[num_models]:
         mp.start_processes(one, (world, num_models), world, start_method="fork")
 """
 
@@ -50,13 +52,14 @@ for num_models in (5, 7, 8):
 def test_any_processes_train_the_same_members_and_reduce_once(tmp_path):
     status, errors = finished(FUNCTIONS + FORKED, tmp_path)
     assert status == 0, errors
-    for num_models in (5, 7, 8):
+    worlds = {5: (1, 2, 3), 7: (1, 2, 4), 8: (1, 2, 4)}
+    for num_models in worlds:
         found = {
             world: [
                 torch.load(tmp_path / f"{num_models}-{world}-{rank}.pt")
                 for rank in range(world)
             ]
-            for world in (1, 2, 4)
+            for world in worlds[num_models]
         }
         params, probabilities, _ = found[1][0]
         assert len(params["0.weight"].unique(dim=0)) == num_models
@@ -69,9 +72,26 @@ def test_any_processes_train_the_same_members_and_reduce_once(tmp_path):
                 assert counts == [0, 1, 1]
 
 
-def test_a_process_that_raises_ends_all_and_its_message_arrives(tmp_path):
+def test_every_member_has_one_process_whether_these_divide_them_or_not():
+    share = names_of("scale/plot_many_devices", "share")["share"]
+    for num_models in range(1, 20):
+        for world in range(1, 9):
+            shares = [[*share(num_models, rank, world)] for rank in range(world)]
+            assert [i for part in shares for i in part] == [*range(num_models)]
+            rows = torch.arange(num_models).chunk(world)  # as Shard(0) splits them
+            assert [part for part in shares if part] == [part.tolist() for part in rows]
+
+
+def test_both_pages_split_members_and_draw_minibatches_alike():
+    one, other = (names_of(f"scale/plot_{x}") for x in ("many_devices", "checkpoints"))
+    for name in ("share", "build", "minibatch"):
+        assert one[name].__code__.co_code == other[name].__code__.co_code
+        assert one[name].__code__.co_consts[1:] == other[name].__code__.co_consts[1:]
+
+
+def test_a_process_without_a_member_ends_all_and_its_message_arrives(tmp_path):
     # One member for two processes: the second has none, the first waits for it.
-    worker = f"{FUNCTIONS}work(1, 1, 'cpu')\n"
+    worker = f"{FUNCTIONS}work(1, 1)\n"
     status, errors = finished(f"{FUNCTIONS}launch(2, {worker!r})\n", tmp_path)
     assert status == 1
     assert "Expected at least one model, got 0" in errors, errors

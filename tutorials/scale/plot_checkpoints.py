@@ -7,8 +7,8 @@ and let a training whose process was killed end as if nothing had happened.
 
 **In short.** Before ``torch.distributed.checkpoint`` saves a stack of members, declare
 its rows with ``DTensor.from_local`` as a part of all rows; then any number of processes
-finds its members again. If each minibatch depends on member and step only, a training
-needs nothing else to go on: parameters, the optimizer's tensors, and the step.
+finds its members again. If each minibatch depends on member and step only, parameters,
+the optimizer's tensors and the step are all that a training needs to go on.
 
 Before you start, read ``plot_many_devices.py``: it splits members over processes.
 """
@@ -23,7 +23,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -40,30 +39,44 @@ from torch.func import functional_call, stack_module_state, vmap
 
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
-num_processes = 4 if device == cpu else torch.accelerator.device_count()
+num_processes = torch.accelerator.device_count() or 4
 where = f"{device.type.upper()}, float64"
-print(f"processes: {num_processes}, torch {torch.__version__}, {where}")
+print(f"{num_processes} processes, {where}, torch {torch.__version__}")
 
 # %%
 # Save and load the members of all processes
 # ------------------------------------------
 #
 # The lines to copy. ``params`` is the stack of this process's members, ``optimizer`` a
-# stock one on it, ``num_models`` counts the members of all. All processes call these;
-# a checkpoint is a folder that is named after its step:
+# stock one on it, ``num_models`` counts the members of all processes:
+
+
+def share(num_models, rank, world):
+    """Numbers of the members of process ``rank``; ``Shard(0)`` splits in this way."""
+    size = -(-num_models // world)  # rounded up
+    return range(num_models)[rank * size : (rank + 1) * size]
 
 
 def declare(params, optimizer, num_models, device):
     """Parameters and optimizer state by name; they share memory with the originals."""
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh, own = init_device_mesh(device.type, (world,)), share(num_models, rank, world)
     tensors = dict(params)
     for name, p in params.items():  # "0.weight.exp_avg", "0.weight.step", ...
         tensors |= {f"{name}.{key}": t for key, t in optimizer.state[p].items()}
     for name, t in tensors.items():
         if t.ndim:  # [share, ...]; the count of steps is one number for all
+            if len(t) != len(own):
+                raise ValueError(f"{len(t)} rows, where Shard(0) means {len(own)}")
             whole = {"shape": (num_models, *t.shape[1:]), "stride": t.stride()}
             tensors[name] = DTensor.from_local(t.detach(), mesh, [Shard(0)], **whole)
     return tensors
+
+
+# %%
+# A checkpoint is a folder that is named after its step. All processes call these
+# together, and the first one chooses the checkpoint, since a network file system may
+# show them different ones:
 
 
 def save(params, optimizer, num_models, device, folder, step):
@@ -73,34 +86,55 @@ def save(params, optimizer, num_models, device, folder, step):
 
 def load_latest(params, optimizer, num_models, device, folder):
     """Fill the tensors from the last complete checkpoint; return its step, or 0."""
-    steps = [int(path.parent.name) for path in Path(folder).glob("*/.metadata")]
-    if steps:
+    complete = [path.parent.name for path in Path(folder).glob("*/.metadata")]
+    last = [max(map(int, filter(str.isdecimal, complete)), default=0)]
+    dist.broadcast_object_list(last, src=0)  # the choice of process 0
+    if last[0]:
         for p in params.values():
             p.grad = torch.zeros_like(p)
         optimizer.step()  # makes the optimizer's tensors, which are filled next
         tensors = declare(params, optimizer, num_models, device)
-        dcp.load(tensors, checkpoint_id=Path(folder, str(max(steps))))
-    return max(steps, default=0)
+        dcp.load(tensors, checkpoint_id=Path(folder, str(last[0])))
+    return last[0]
+
+
+# %%
+# You use them so, in the function that each process runs:
+
+
+def work(num_models, num_steps, folder):
+    dist.init_process_group()  # NCCL for GPUs, gloo for CPU cores
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device:
+        torch.accelerator.set_device_index(dist.get_node_local_rank())
+    device = device or torch.device("cpu")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    members = share(num_models, rank, world)
+    params, optimizer = begin(members, device)
+    done = load_latest(params, optimizer, num_models, device, folder)
+    if rank == 0:
+        print(f"{world} processes go on after step {done}")
+    for step in range(done + 1, num_steps + 1):
+        train_step(params, optimizer, members, step, device)
+        if step % 10 == 0:
+            save(params, optimizer, num_models, device, folder, step)
+    dist.destroy_process_group()
 
 
 # %%
 # Each process writes its own rows, at the same time; ``.metadata`` comes last, when all
 # are there. So **a folder without** ``.metadata`` **is half written, and is never
-# loaded**.
+# loaded**. Another split than ``share``'s (``tensor_split`` makes 3, 3, 2, 2 of 10)
+# would be saved without an error, and could not be loaded by another number of
+# processes: ``declare`` refuses it (tested).
 #
 # Members and their training
 # --------------------------
 #
-# As in ``plot_many_devices.py``: seeds belong to members, and a minibatch is a function
-# of member and step. So there is no state of random generators to save. ``share`` gives
-# equally many members to all processes but the last, as ``Shard(0)`` counts rows: 5 in
-# 2 processes are 3 and 2 (tested; 5 in 4 would leave the last one none, and raise).
-
-
-def share(num_models, rank, world):
-    """Numbers of the members of a process, as ``Shard(0)`` splits rows."""
-    size = -(-num_models // world)  # rounded up
-    return range(num_models)[rank * size : (rank + 1) * size]
+# The rest of ``train.py``, as in ``plot_many_devices.py``: seeds belong to members, and
+# a minibatch is a function of member and step, so no state of a random generator is
+# saved. This training needs nothing else; batch-norm buffers you would add to
+# ``tensors``, and a learning rate that changes you would compute from the step.
 
 
 def mlp():
@@ -118,7 +152,7 @@ def begin(members, device):
 
 
 def minibatch(member, step):
-    generator = torch.Generator().manual_seed(1_000_000 * member + step)
+    generator = torch.Generator().manual_seed(1_000_000 * (member + 1) + step)
     x = torch.randn(32, 64, generator=generator, dtype=torch.float64)
     return x, x[:, :10].argmax(dim=1)  # to learn: which of the first ten is largest?
 
@@ -126,73 +160,43 @@ def minibatch(member, step):
 # %%
 
 
-def train_step(params, optimizer, members, step, device):
-    """Losses of these members; the step communicates nothing."""
+def losses_of(params, x, y):
+    """The loss of each member for its own minibatch."""
     with torch.device("meta"):
         skeleton = mlp()
 
     def forward(params, x):
         return functional_call(skeleton, params, (x,), strict=True)
 
+    logits = vmap(forward)(params, x)  # [share, 32, 10]
+    return F.cross_entropy(logits.mT, y, reduction="none").mean(dim=1)  # [share]
+
+
+def train_step(params, optimizer, members, step, device):
+    """One step of these members, which communicates nothing."""
     pairs = zip(*[minibatch(i, step) for i in members], strict=True)
     x, y = (torch.stack(rows).to(device) for rows in pairs)  # [share, 32, 64]
-    logits = vmap(forward)(params, x)  # [share, 32, 10]
-    losses = F.cross_entropy(logits.mT, y, reduction="none").mean(dim=1)  # [share]
     optimizer.zero_grad()
-    losses.sum().backward()
+    losses_of(params, x, y).sum().backward()
     optimizer.step()
-    return losses.detach().cpu()
 
 
 # %%
-# What each process does
-# ----------------------
+# The file ends with a call, as ``work(8, 40, "checkpoints")``. Start it, and after a
+# death start it again, with any number of processes:
 #
-# It goes on from the last complete checkpoint, if there is one, and saves one every ten
-# steps. After step ``dies_after``, the last process kills itself. (First it makes the
-# mistake of this page, shown at its end.)
-
-
-def work(num_models, num_steps, device, dies_after=None):
-    dist.init_process_group(timeout=timedelta(seconds=60))  # for each wait
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    else:
-        torch.accelerator.set_device_index(dist.get_node_local_rank())
-    members = share(num_models, rank, world)
-    params, optimizer = begin(members, device)
-    save_plain(params, rank)
-    done = load_latest(params, optimizer, num_models, device, ".")
-    for step in range(done + 1, num_steps + 1):
-        train_step(params, optimizer, members, step, device)
-        if step % 10 == 0:
-            save(params, optimizer, num_models, device, ".", step)
-        if step == dies_after and rank == world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-    dist.destroy_process_group()
-
-
-def save_plain(params, rank):
-    """The mistake: rows of each process under the same name, not declared."""
-    saved = {name: p.detach() for name, p in params.items()}
-    dcp.save(saved, checkpoint_id="mistake/plain")
-    loaded = {name: torch.zeros_like(p) for name, p in saved.items()}
-    dcp.load(loaded, checkpoint_id="mistake/plain")
-    torch.save(loaded["0.weight"].cpu(), f"mistake/{rank}.pt")
-
-
-# %%
-# Kill a process
-# --------------
+# .. code-block:: none
 #
-# The page writes these functions into a file and starts it with torchrun. When the last
-# process dies, the others wait for it in vain at their next checkpoint; torchrun ends
-# them.
+#    torchrun --standalone --nproc-per-node 4 train.py
+#
+# How this page starts it
+# -----------------------
+#
+# In the same way, with a file that it writes.
 
 
-def launch(num_processes, script, folder):
-    """Run a script in new processes in a folder; return what they say of errors."""
+def launch(num_processes, script, folder, wanted):
+    """Run a script in new processes for a wanted file; return what they print."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--local-addr=127.0.0.1", "--log-dir=."]  # no name look-up, no litter
     torchrun += [f"--nproc-per-node={num_processes}", "train.py"]
@@ -200,39 +204,74 @@ def launch(num_processes, script, folder):
     pipes = {"cwd": folder, "stdout": PIPE, "stderr": PIPE, "text": True}
     with Popen(torchrun, **pipes) as running:
         try:
-            return running.communicate(timeout=100)[1]
+            said, errors = running.communicate(timeout=100)
         finally:
             running.terminate()  # not kill, which would leave the workers running
             running.wait()
+    if not Path(folder, wanted).exists():
+        raise RuntimeError(errors)  # with the traceback of the process that failed
+    return said
 
 
 # %%
+# Imports, and the functions to copy, as they stand above:
 
 imports = """
-import os, signal
-from datetime import timedelta
+import os, signal, torch, torch.distributed as dist, torch.nn.functional as F
+import torch.distributed.checkpoint as dcp
 from pathlib import Path
-import torch, torch.nn.functional as F
-import torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.func import functional_call, stack_module_state, vmap
 """
-num_models, num_steps, dies_after = 8, 40, 25
-functions = [declare, save, load_latest, share, mlp, build, begin, minibatch]
-functions += [train_step, work, save_plain]
-call = f"work{(num_models, num_steps, device.type, dies_after)}"
-script = "\n\n".join([imports, *map(inspect.getsource, functions), call])
+copied = [share, declare, save, load_latest, work]
+copied += [mlp, build, begin, minibatch, losses_of, train_step]
+functions = "\n".join([imports, *map(inspect.getsource, copied)])
+
+# %%
+# Kill a process
+# --------------
+#
+# In this launch one minibatch kills the process that asks for it, the last one. The
+# others wait for it in vain at their next checkpoint; torchrun ends them.
+
+
+def killing(minibatch, *deadly):
+    """The same minibatches, but one, of a member and a step, kills its process."""
+
+    def draw(*asked):
+        if asked == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return minibatch(*asked)
+
+    return draw
+
+
+num_models, num_steps, deadly_step = 8, 40, 26
+call = f'work({num_models}, {num_steps}, "checkpoints")'
+deadly = f"minibatch = killing(minibatch, {num_models - 1}, {deadly_step})"
 
 scratch = tempfile.TemporaryDirectory()
-folder = Path(scratch.name)
-errors = launch(num_processes, script, folder)
-if "SIGKILL" not in errors:
-    raise RuntimeError(errors)  # with the traceback of the process that failed
+folder = Path(scratch.name, "checkpoints")
+script = f"{functions}\n{inspect.getsource(killing)}\n{deadly}\n{call}"
+launch(num_processes, script, scratch.name, "checkpoints/20/.metadata")
 complete = sorted(path.parent.name for path in folder.glob("*/.metadata"))
-print(f"{num_processes} processes, the last one killed after step {dies_after};")
+print(f"{num_processes} processes, the last one killed in step {deadly_step};")
 print("complete checkpoints of steps", *complete)
+
+# %%
+# Go on with another number of processes
+# --------------------------------------
+#
+# Start the same file again, here with half as many processes. A half-written checkpoint
+# of step 30 lies in its way.
+
+half = shutil.ignore_patterns(".metadata")
+shutil.copytree(folder / "20", folder / "30", ignore=half, dirs_exist_ok=True)
+fewer = max(1, num_processes // 2)
+last = f"checkpoints/{num_steps}/.metadata"
+print(launch(fewer, f"{functions}\n{call}", scratch.name, last).strip())
 
 # %%
 # One file with all members
@@ -240,123 +279,119 @@ print("complete checkpoints of steps", *complete)
 #
 # To use the members elsewhere, turn a checkpoint into a file for ``torch.load``. It
 # holds the stack, as if one process had trained it; ``plot_saving.py`` takes members
-# out of that. It is also the file to keep: later releases of PyTorch are not promised
-# to read the checkpoints of this one.
+# out. Keep this file: no later release is promised to read the checkpoints themselves.
 
-dcp_to_torch_save(folder / "20", folder / "members.pt")
-stack = torch.load(folder / "members.pt")
-for name in ["0.weight", "0.weight.exp_avg", "0.weight.step"]:
-    print(f"{name:16} {list(stack[name].shape)}")
-mistaken = [torch.load(folder / "mistake" / f"{i}.pt") for i in range(num_processes)]
-
-# %%
-# Go on with another number of processes
-# --------------------------------------
-#
-# Start ``work`` anew with two processes, and two go on (tested). Here this page's
-# process goes on alone, as a world of one: the same functions run, with a store in
-# memory in place of a launcher. A half-written checkpoint of step 30 lies in its way.
-
-half = shutil.ignore_patterns(".metadata")
-shutil.copytree(folder / "20", folder / "30", ignore=half, dirs_exist_ok=True)
-
-dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-members = share(num_models, rank=0, world=1)
-params, optimizer = begin(members, device)
-done = load_latest(params, optimizer, num_models, device.type, folder)
-dist.destroy_process_group()
+stacks = {}
+for step in range(10, num_steps + 1, 10):
+    dcp_to_torch_save(folder / str(step), folder / "members.pt")
+    stacks[step] = torch.load(folder / "members.pt", map_location=device)
 scratch.cleanup()
-print(f"loaded the checkpoint of step {done}, all {len(params['0.weight'])} members")
+for name in ["0.weight", "0.weight.exp_avg", "0.weight.step"]:
+    print(f"{name:16} {list(stacks[num_steps][name].shape)}")
 
 # %%
-# Beside it, the same members train undisturbed from their first step. The check to
-# keep: interrupt a training of your own, in float64.
+# As if nothing had happened
+# --------------------------
+#
+# This page's process trains the same members undisturbed. The check to keep: interrupt
+# a training of your own, in float64.
 
-resumed = {
-    step: train_step(params, optimizer, members, step, device)
-    for step in range(done + 1, num_steps + 1)
-}
-others, their_optimizer = begin(members, device)
-undisturbed = {
-    step: train_step(others, their_optimizer, members, step, device)
-    for step in range(1, num_steps + 1)
-}
-torch.testing.assert_close(
-    params,
-    others,
-    atol=1e-10,
-    rtol=0,
-    msg=lambda what: f"the resumed training ends with other members. {what}",
-)
-equal = all(torch.equal(params[name], others[name]) for name in params)
-print(f"killed with {num_processes} processes, resumed by 1: equal to undisturbed,")
-print(
-    "within 1e-10; the parameters", "agree in every bit" if equal else "do not in bits"
-)
+
+@torch.no_grad()
+def test_loss(params):
+    """Mean loss of the members for inputs that none of them has seen."""
+    x, y = (t.expand(num_models, *t.shape) for t in minibatch(num_models, 0))
+    return losses_of(params, x.to(device), y.to(device)).mean().item()
+
+
+params, optimizer = begin(range(num_models), device)
+undisturbed = [test_loss(params)]
+for step in range(1, num_steps + 1):
+    train_step(params, optimizer, range(num_models), step, device)
+    undisturbed.append(test_loss(params))
+resumed = {name: stacks[num_steps][name] for name in params}
+message = "the resumed training ends with other members. {}".format
+torch.testing.assert_close(resumed, params, atol=1e-10, rtol=0, msg=message)
+equal = all(torch.equal(resumed[name], params[name]) for name in params)
+print(f"killed with {num_processes} processes, resumed by {fewer}: as undisturbed,")
+print("within 1e-10;", "all bits agree" if equal else "last bits differ")
 
 # %%
 
 fig, ax = plt.subplots(layout="constrained")
-for way, style, run in [
-    ("undisturbed", "C0-", undisturbed),
-    ("resumed", "C1o", resumed),
-]:
-    ax.plot(run.keys(), [losses.mean() for losses in run.values()], style, label=way)
-ax.axvline(done, color="C2", linestyle="--", label="last complete checkpoint")
-ax.axvline(dies_after, color="C3", linestyle=":", label="a process is killed")
-ax.set_title(f"{num_models} members, {num_processes} processes, then 1\n{where}")
+ax.plot(undisturbed, "C0-", label="one process, undisturbed")
+for n, style, steps in [(num_processes, "C1o", [10, 20]), (fewer, "C2s", [30, 40])]:
+    losses = [test_loss({name: stacks[i][name] for name in params}) for i in steps]
+    ax.plot(steps, losses, style, label=f"checkpoint of {n} processes")
+ax.axvline(deadly_step, color="C3", linestyle=":", label="a process is killed")
+ax.set_title(f"{num_models} members, {where}")
 ax.set_xlabel("step")
-ax.set_ylabel("mean loss of the members (cross entropy)")
+ax.set_ylabel("mean loss, unseen inputs (cross entropy)")
 ax.legend()
 fig.set_label(
-    f"Loss against step. The line of the undisturbed training falls; from step {done}, "
-    "where the last complete checkpoint lies, the marks of the resumed one lie on it."
+    "Loss against step. The line of the undisturbed training falls; the marks of four "
+    f"checkpoints lie on it, also after a process is killed in step {deadly_step}."
 )
 
 # %%
-# **The killed training ends as if nothing had happened.** The steps between the last
-# checkpoint and the death are done again, with the same minibatches. Bits agree where a
-# matrix product has the same ones for two members as for eight; when it has not,
-# ``plot_many_devices.py`` says. Steps between checkpoints are what a death costs you.
+# **The number of processes may change, the members do not.** A death costs the steps
+# since the last complete checkpoint; they are done again, with the same minibatches.
+# Tested are 5 and 8 members, with 1 to 4 processes. ``plot_many_devices.py`` says when
+# all bits agree.
 #
 # Let torchrun restart it?
 # ------------------------
 #
-# With ``--max-restarts``, torchrun itself starts all processes again, as many as
-# before; in our trials with torch 2.13 (one machine, gloo), 11 of 14 such restarts
-# failed or hung, because new processes looked for dead ones. To export
-# ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` cures that (tested); to start anew, as this
-# page does, needs no cure.
+# With ``--max-restarts``, torchrun itself starts as many processes again. With torch
+# 2.13 that may fail or hang, because the new processes look for dead ones
+# (pytorch#135712): set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` (tested), or start the
+# job again, as this page does.
 #
 # The mistake: plain tensors under one name
 # -----------------------------------------
 #
-# ``save_plain`` did in each process what one would do in one: it saved its rows as
-# ``"0.weight"`` and loaded them again. How many members came back?
+# Each process does what it would do alone: it saves its rows as ``"0.weight"``, loads
+# them again, and has them. How many members are there?
 
-loaded = torch.cat(mistaken)  # [8, 64, 64]
-different = len(loaded.unique(dim=0))
-print(f"{num_models} members saved by {num_processes} processes, {len(loaded)} loaded:")
-print(f"{different} different ones")
+
+def save_plain(num_models):
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    params, _ = begin(share(num_models, rank, world), "cpu")
+    rows = {"0.weight": params["0.weight"].detach()}
+    dcp.save(rows, checkpoint_id="plain")
+    rows = {"0.weight": torch.zeros_like(rows["0.weight"])}
+    dcp.load(rows, checkpoint_id="plain")
+    torch.save(rows["0.weight"], f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+script = f"{functions}\n{inspect.getsource(save_plain)}\nsave_plain({num_models})"
+with tempfile.TemporaryDirectory() as folder:
+    launch(2, script, folder, "1.pt")
+    loaded = torch.cat([torch.load(f"{folder}/{rank}.pt") for rank in range(2)])
+print(f"{num_models} members saved by 2 processes, {len(loaded)} loaded:", end=" ")
+print(f"{len(loaded.unique(dim=0))} distinct")
 
 # %%
-# There is no error. A plain tensor counts as the *same* in all processes, so the rows
-# of process 0 were saved, and all processes got those (a single process loses nothing).
-# Another number of processes gets ``Size mismatch``. Declare the rows, or give each
-# member names of its own (``"member3.0.weight"``), which needs no ``DTensor`` and
-# splits in any way, but makes many small entries (tested).
+# There is no error. A plain tensor counts as the *same* in all processes: the rows of
+# process 0 were saved, and all got those. Another number of processes gets ``Size
+# mismatch``. Declare the rows, or give each member names of its own
+# (``"member3.0.weight"``): many small entries, but no ``DTensor``, and any split
+# (tested).
 #
 # Remember
 # --------
 #
-# **Declare rows as a shard, and any number of processes loads them.** A folder for each
-# step; only one with ``.metadata`` is complete. What goes on in the same way needs the
-# optimizer's tensors, the step, and minibatches that depend on nothing else.
+# **Declare rows as a shard, and any number of processes loads them.** Give each step a
+# folder; only one with ``.metadata`` is complete. Save the optimizer's tensors and the
+# step, and let minibatches depend on nothing else.
 #
 # Next
 # ----
 #
-# - ``plot_many_devices.py`` trains and predicts with any number of processes.
+# - ``plot_how_far.py`` plans a thousand members, or a million.
 # - ``plot_saving.py`` saves an ensemble from one process and takes members out.
 # - PyTorch on `distributed checkpoints
 #   <https://docs.pytorch.org/docs/stable/distributed.checkpoint.html>`_.
@@ -365,5 +400,4 @@ print(f"{different} different ones")
 # ----------
 #
 # - Restarts that meet an old store: `pytorch#135712
-#   <https://github.com/pytorch/pytorch/issues/135712>`_, `pytorch#167288
-#   <https://github.com/pytorch/pytorch/issues/167288>`_.
+#   <https://github.com/pytorch/pytorch/issues/135712>`_.

@@ -22,7 +22,6 @@ import os
 import sys
 import tempfile
 import time
-from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -36,19 +35,24 @@ from torch.func import functional_call, stack_module_state, vmap
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
 devices = torch.accelerator.device_count()
-num_processes, where = 4, f"a CPU with {os.cpu_count()} cores"
+num_processes, where = 2, f"a CPU with {os.cpu_count()} cores"
 if device != cpu:
     num_processes, where = devices, f"{devices} x {device.type.upper()}"
-print(f"processes: {num_processes}, on {where}, torch {torch.__version__}, float64")
+print(f"{num_processes} processes on {where}, torch {torch.__version__}, float64")
 
 # %%
-# A member is its number
-# ----------------------
+# Split the members over the processes
+# ------------------------------------
 #
-# The usual ``torch.manual_seed(rank)`` makes other members for another number of
-# processes. So the seed belongs to the member, and its minibatch is a function of
-# member and step. (Of real data, take rows ``torch.randint(len(data), (32,),
-# generator=generator)``.)
+# The lines to copy: the imports from torch, and the functions of the next three cells.
+# A member is its number: seeds and minibatches follow from it. (The usual
+# ``torch.manual_seed(rank)`` makes other members for another number of processes.)
+
+
+def share(num_models, rank, world):
+    """Numbers of the members that process ``rank`` of ``world`` trains."""
+    size = -(-num_models // world)  # rounded up
+    return range(num_models)[rank * size : (rank + 1) * size]
 
 
 def mlp():
@@ -66,6 +70,10 @@ def minibatch(member, step):
     return x, x[:, :10].argmax(dim=1)  # to learn: which of the first ten is largest?
 
 
+# %%
+# Each process trains its members as if there were no others:
+
+
 def forward(params, x, in_dims):
     """Logits of all members whose stacked parameters are given."""
     with torch.device("meta"):
@@ -75,19 +83,6 @@ def forward(params, x, in_dims):
         return functional_call(skeleton, params, (x,), strict=True)
 
     return vmap(call, in_dims)(params, x)
-
-
-# %%
-# Split the members over the processes
-# ------------------------------------
-#
-# The lines to copy. They train a share of the members as if there were no others, and
-# meet only to predict:
-
-
-def share(num_models, rank, world):
-    """Numbers of the members that process ``rank`` of ``world`` trains."""
-    return torch.arange(num_models).tensor_split(world)[rank].tolist()
 
 
 def train(members, num_steps, device):
@@ -105,6 +100,19 @@ def train(members, num_steps, device):
     return {name: p.detach() for name, p in params.items()}
 
 
+# %%
+# They meet only to predict. ``work`` is what a process does from its start to its end:
+
+
+def join():
+    """Enter the group of all processes; return rank, their number, own device."""
+    dist.init_process_group()  # NCCL for GPUs, gloo for CPU cores
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device:
+        torch.accelerator.set_device_index(dist.get_node_local_rank())
+    return dist.get_rank(), dist.get_world_size(), device or torch.device("cpu")
+
+
 def predict(params, x, num_models):
     """Probabilities of the whole ensemble, in every process."""
     total = forward(params, x, in_dims=(0, None)).softmax(dim=-1).sum(dim=0)  # [32, 10]
@@ -112,85 +120,42 @@ def predict(params, x, num_models):
     return total / num_models
 
 
-# %%
-# ``share`` loses and doubles no member where the processes do not divide them: 90
-# members in 4 processes are 23, 23, 22 and 22. It is the sum that makes ``predict``
-# right then; a mean of the processes' means would not be.
-#
-# What each process does
-# ----------------------
-#
-# A process takes the GPU with its local number, or one CPU core; the group takes NCCL
-# or gloo by itself. What a process returns to this page goes into a file.
-
-
-def work(num_models, num_steps, device):
-    dist.init_process_group(timeout=timedelta(seconds=60))  # for each wait
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    else:
-        torch.accelerator.set_device_index(dist.get_node_local_rank())
+def work(num_models, num_steps):
+    rank, world, device = join()
     params = train(share(num_models, rank, world), num_steps, device)
-    x, _ = minibatch(-1, 0)  # no member trained on it
-    result = {
-        "params": {name: p.cpu() for name, p in params.items()},
-        "probabilities": predict(params, x.to(device), num_models).cpu(),
-        "seconds": time_training(num_models, num_steps, device),
-        "wrapped": train_wrapped(rank, num_steps, device),
-    }
-    torch.save(result, f"{rank}.pt")
+    x, _ = minibatch(num_models, 0)  # no member trained on it
+    probabilities = predict(params, x.to(device), num_models)
+    torch.save([params, probabilities], f"{rank}.pt")
     dist.barrier()  # who leaves knows that all have saved
     dist.destroy_process_group()
 
 
 # %%
-# Two things ride along, because starting processes takes seconds. The first is a
-# measurement: the first ``n`` processes share all members while the others wait.
-
-
-def time_training(num_models, num_steps, device):
-    """Seconds to train all members by 1, 2, 4, ... processes, which take turns."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    seconds = {n: [] for n in (1, 2, 4, 8) if n <= world}
-    for n in [*seconds] * 5:
-        dist.barrier()
-        start = time.perf_counter()
-        if rank < n:
-            train(share(num_models, rank, n), num_steps, device)["0.bias"].cpu()
-        dist.barrier()
-        seconds[n].append(time.perf_counter() - start)
-    return seconds
-
-
-# %%
-# The second is a mistake, one member in each process, wrapped as one wraps a model that
-# trains on many devices:
-
-
-def train_wrapped(member, num_steps, device):
-    """The first weights of a member, trained in DistributedDataParallel."""
-    model = nn.parallel.DistributedDataParallel(build(member).to(device))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    for step in range(num_steps):
-        x, y = minibatch(member, step)
-        loss = F.cross_entropy(model(x.to(device)), y.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.module[0].weight.detach().cpu()
-
-
-# %%
-# Start the processes
-# -------------------
+# Put them into a file ``train.py`` that ends with a call, as ``work(91, 10)``, and
+# start as many processes as you have devices:
 #
-# You would put these functions into a file that ends with a call of ``work``, and start
-# it by ``torchrun --standalone --nproc-per-node 4 train.py``. The page does that, too,
-# with a file that it writes. A launcher that is killed leaves its workers running, as
-# ``subprocess.run`` does at its timeout and at Ctrl-C; one that is *terminated* ends
-# them first (tested). What counts are the files: a process of gloo may abort at its
-# very end. If one is missing, the error that you get holds the traceback.
+# .. code-block:: none
+#
+#    torchrun --standalone --nproc-per-node 4 train.py
+#
+# **No member is lost or doubled** where the processes do not divide them: 91 members in
+# 4 processes are 23, 23, 23 and 22. (It is the sum that makes ``predict`` right then; a
+# mean of means is not.) But 5 members in 4 processes are 2, 2, 1 and none: the last
+# process raises an error and torchrun ends all (tested); start 3.
+#
+# How this page starts it
+# -----------------------
+#
+# In the same way, with a file that it writes. Stop a launcher with ``terminate``, never
+# with ``kill``, which leaves its processes running.
+
+imports = """
+import time
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+"""
+copied = [share, mlp, build, minibatch, forward, train, join, predict, work]
 
 
 def launch(num_processes, script):
@@ -207,30 +172,19 @@ def launch(num_processes, script):
             finally:
                 running.terminate()
                 running.wait()
-        files = [Path(folder, f"{rank}.pt") for rank in range(num_processes)]
-        if not all(file.exists() for file in files):
-            raise RuntimeError(errors)
-        return [torch.load(file) for file in files]
+        files = sorted(Path(folder).glob("*.pt"))
+        if len(files) < num_processes:
+            raise RuntimeError(errors)  # with the traceback of the process that failed
+        return [torch.load(file, map_location="cpu") for file in files]
 
 
 # %%
-# The file: imports, the functions of this page as they stand above, one call.
 
-imports = """
-import time
-from datetime import timedelta
-import torch, torch.distributed as dist, torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call, stack_module_state, vmap
-"""
-num_models, num_steps = 90, 10
-functions = [mlp, build, minibatch, forward, share, train, predict]
-functions += [work, time_training, train_wrapped]
-call = f"work{(num_models, num_steps, device.type)}"  # work(90, 10, 'cpu')
-script = "\n\n".join([imports, *map(inspect.getsource, functions), call])
-results = launch(num_processes, script)
+functions = "\n\n".join([imports, *map(inspect.getsource, copied)])
+num_models, num_steps = 91, 10
+results = launch(num_processes, f"{functions}\nwork({num_models}, {num_steps})")
 
-shares = [len(result["params"]["0.weight"]) for result in results]
+shares = [len(params["0.weight"]) for params, _ in results]
 print(f"{num_models} members, in {num_processes} processes:", *shares)
 
 # %%
@@ -242,39 +196,30 @@ print(f"{num_models} members, in {num_processes} processes:", *shares)
 
 whole = train(range(num_models), num_steps, device)
 whole = {name: p.cpu() for name, p in whole.items()}
-parts = {
-    name: torch.cat([result["params"][name] for result in results]) for name in whole
-}
-torch.testing.assert_close(
-    parts,
-    whole,
-    atol=1e-10,
-    rtol=0,
-    msg=lambda what: f"another number of processes makes other members. {what}",
-)
+parts = {name: torch.cat([params[name] for params, _ in results]) for name in whole}
+message = "another number of processes makes other members. {}".format
+torch.testing.assert_close(parts, whole, atol=1e-10, rtol=0, msg=message)
 equal = all(torch.equal(parts[name], whole[name]) for name in whole)
 print(f"{num_processes} processes and 1 train the same members, within 1e-10;")
 print(f"their parameters {'agree in every bit' if equal else 'differ in last bits'}")
 
 # %%
-# **The number of processes is no property of the ensemble.** Tested are 1, 2 and 4
-# processes, and 5 and 7 members. Bits agree if a matrix product gives the same bits for
-# 23 members as for 90; other widths, batch norm, or one lone member in a process may
-# differ in the last ones. In float32, a long training makes much of that
-# (``plot_how_equal.py``): then you get *other* members of the same quality.
-#
-# With more processes than members, one gets no member, ``stack_module_state`` raises,
-# and torchrun ends the others, which would wait for it in ``all_reduce`` (tested).
+# **The number of processes is no property of the ensemble.** Tested are 1 to 4
+# processes with 5, 7 and 8 members. Bits agree if a matrix product gives the same bits
+# for 46 members as for 91; with other widths, batch norm, or a single member in a
+# process, the last ones may differ. In float32 such a difference grows with every step,
+# until you have *other* members of the same quality (``plot_how_equal.py``).
 #
 # What is communicated?
 # ---------------------
 #
-# During training, nothing; to predict, the sum of probabilities, once (a test counts
-# the calls). Its size is that of one member's prediction, for any number of members:
+# During training, nothing; to predict, the sum of probabilities, once (PyTorch's
+# ``CommDebugMode`` counts one call in a test). It is as large as the prediction of one
+# member, for any number of members:
 
-x, _ = minibatch(-1, 0)
+x, _ = minibatch(num_models, 0)
 probabilities = forward(whole, x, in_dims=(0, None)).softmax(dim=-1).mean(dim=0)
-reduced = results[-1]["probabilities"]  # [32, 10], from the last process
+_, reduced = results[-1]  # [32, 10], of the last process
 off = (reduced - probabilities).abs().max()
 print(f"sent: {list(reduced.shape)}, {reduced.nbytes / 1e3:.1f} kB;", end=" ")
 print(f"never sent: {sum(p.nbytes for p in parts.values()) / 1e6:.1f} MB of parameters")
@@ -284,60 +229,111 @@ print(f"ensemble's probabilities by {num_processes} processes and 1: {off:.0e} a
 # How much faster is it?
 # ----------------------
 #
-# No process waits for another, so ``n`` of them should be ``n`` times as fast. Two
-# things stand against it: each step has a cost that a smaller share does not lower, and
-# each process needs a device of its own. (Starting takes seconds more, once.)
+# No process waits for another, so ``n`` of them should be ``n`` times as fast. But a
+# step has a cost that a smaller share does not lower, each process needs a device of
+# its own, and cores share their memory. On a CPU there is also a rival: one process
+# that uses all cores, which is PyTorch's default. (Starting takes seconds more.)
 
-seconds = {n: torch.tensor(times) for n, times in results[0]["seconds"].items()}
-median = {n: times.median().item() for n, times in seconds.items()}
-print("processes: median (fastest to slowest of 5 turns)")
-for n, times in seconds.items():
-    spread = f"{times.min() * 1e3:.0f} to {times.max() * 1e3:.0f}"
-    speed = f"{median[1] / median[n]:.1f} times the speed of one"
-    print(f"{n:9}: {median[n] * 1e3:.0f} ms ({spread}), {speed}")
-best = min(median, key=median.get)
-print(f"Fastest: {best} of at most {num_processes} processes, on {where}")
+
+def time_training(num_models, num_steps, threads):
+    """Seconds to train all members; the ways (processes, threads) take turns."""
+    rank, world, device = join()
+    ways = [(n, 1) for n in (1, 2, 4, 8) if n <= world] + [(1, threads)]
+    seconds = {way: [] for way in ways}
+    train([rank], 1, device)  # to warm up
+    for n, threads in [*seconds] * 5:
+        torch.set_num_threads(threads)
+        dist.barrier()
+        start = time.perf_counter()
+        if rank < n:  # the others wait
+            train(share(num_models, rank, n), num_steps, device)["0.bias"].cpu()
+        dist.barrier()
+        seconds[n, threads].append(time.perf_counter() - start)
+    torch.save(seconds, f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
 
 # %%
 
-counts = list(seconds)
+# On a CPU four processes, to show what more processes than cores do.
+most, threads = (4, torch.get_num_threads()) if device == cpu else (devices, 1)
+script = functions + "\n\n" + inspect.getsource(time_training)
+script += f"\n\ntime_training({num_models}, {num_steps}, {threads})"
+seconds = {way: torch.tensor(t) for way, t in launch(most, script)[0].items()}
+median = {way: times.median().item() for way, times in seconds.items()}
+print("processes x threads: median (fastest to slowest of 5 turns)")
+for (n, each), times in seconds.items():
+    spread = f"{times.min() * 1e3:.0f} to {times.max() * 1e3:.0f}"
+    speed = f"{median[1, 1] / median[n, each]:.1f} times the speed of 1 x 1"
+    print(f"{n:9} x {each:<7}: {median[n, each] * 1e3:.0f} ms ({spread}), {speed}")
+best = "{} x {}".format(*min(median, key=median.get))
+backend = dist.get_default_backend_for_device(device)
+print(f"Fastest here: {best}, on {where}, backend {backend}")
+print("several GPUs were", "used" if devices > 1 else "not at hand, so not tried")
+
+# %%
+
+counts = [n for n, each in seconds if each == 1]
 ticks = [1, 2, 4, 8][: max(3, len(counts))]
 slow, fast = (
-    [median[1] / end(times).item() for times in seconds.values()]
+    [median[1, 1] / end(seconds[n, 1]).item() for n in counts]
     for end in (torch.max, torch.min)
 )
 fig, ax = plt.subplots(layout="constrained")
-ax.plot(counts, [median[1] / median[n] for n in counts], "C0o-", label="measured")
+speeds = [median[1, 1] / median[n, 1] for n in counts]
+ax.plot(counts, speeds, "C0o-", label="one thread each")
 ax.fill_between(counts, slow, fast, color="C0", alpha=0.2)
 ax.plot(ticks, ticks, "C1--", label="n processes, n times as fast")
+if threads > 1:
+    rival = median[1, 1] / median[1, threads]
+    ax.plot(1, rival, "C2D", label=f"one process, {threads} threads")
 ax.set_xticks(ticks)
 ax.set_title(f"Training of {num_models} members, {num_steps} steps, float64\n{where}")
-ax.set_xlabel("processes at work, one thread each")
-ax.set_ylabel("speed [that of one]; band: all turns")
+ax.set_xlabel("processes at work")
+ax.set_ylabel("speed [1 process, 1 thread]; band: all turns")
 ax.legend()
 fig.set_label(
     "Speed of training all members, in times that of one process, against the number "
-    f"of processes that share them, and a dashed diagonal. Fastest: {best}."
+    "of processes that share them, a dashed diagonal, and on a CPU a mark for one "
+    f"process with all threads. Fastest, processes x threads: {best}."
 )
 
 # %%
-# **As many processes as devices, and no more.** If the measured speed leaves the dashed
-# line while each process has a core, other programs use the cores, or the members are
-# too few and too small for their number to matter. With more processes than cores, they
-# take turns and win little or nothing. On a single GPU there is one mark, and the
-# dashed line is what more GPUs could do at best; a second process on the *same* GPU is
-# no remedy, a larger ``vmap`` is.
+# **As many processes as devices, and no more.** Where each process has a core of its
+# own and the measured line still leaves the dashed one, other programs use the cores,
+# the memory is the limit, or the members are too few and small. Beyond the number of
+# cores, processes take turns and win little or nothing. If one process with all threads
+# is nearly as fast as your best, start only one. On one GPU, there is one mark.
 #
 # The mistake: one DistributedDataParallel for all members
 # --------------------------------------------------------
 #
-# It is the tool for *one* model on many devices. ``train_wrapped`` gave every process
-# a member with a seed and minibatches of its own. What came of it?
+# It is the tool for *one* model on many devices. Here each process wraps a member with
+# a seed and minibatches of its own:
 
-wrapped = torch.stack([result["wrapped"] for result in results])
-alone = parts["0.weight"][:num_processes]  # the same members, on this page
+
+def train_wrapped(num_steps):
+    rank, _, device = join()
+    model = nn.parallel.DistributedDataParallel(build(rank).to(device))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    for step in range(num_steps):
+        x, y = minibatch(rank, step)
+        loss = F.cross_entropy(model(x.to(device)), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(model.module[0].weight.detach(), f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+few = min(2, num_processes)
+script = functions + "\n\n" + inspect.getsource(train_wrapped)
+wrapped = torch.stack(launch(few, f"{script}\n\ntrain_wrapped({num_steps})"))
+alone = parts["0.weight"][:few]  # the same members, on this page
 for way, weights in {"unwrapped": alone, "wrapped": wrapped}.items():
-    print(f"{way}: {num_processes} members, {len(weights.unique(dim=0))} different")
+    print(f"{way}: {few} members, {len(weights.unique(dim=0))} distinct")
 
 # %%
 # There is no warning. At the start the wrapper sends the weights of process 0 to all,
@@ -349,8 +345,7 @@ for way, weights in {"unwrapped": alone, "wrapped": wrapped}.items():
 #
 # Seeds belong to members, so **any number of processes makes the same ensemble**.
 # Training needs no communication and no wrapper; a prediction sums probabilities in one
-# ``all_reduce``. Start as many processes as you have devices, and terminate, never
-# kill, their launcher.
+# ``all_reduce``. Start as many processes as you have devices.
 #
 # Next
 # ----
