@@ -13,29 +13,35 @@ PHRASES = {
     "basics/plot_recipes": ["how to", "cheat sheet", "examples of vmap ensembles"],
     "basics/plot_what_vmap_refuses": [
         *["vmap error", "runtimeerror vmap", "randomness error", "vmap limitations"],
-        "vmap .item() data-dependent control flow",
+        *["vmap .item()", "data-dependent control flow", "in_dim float"],
     ],
     "basics/plot_from_functorch": [
         *["functorch deprecated", "combine_state_for_ensemble", "jax vmap pytorch"],
         *["make_functional_with_buffers", "migrate from functorch"],
     ],
-    "speed/plot_what_vmap_runs": ["vmap slower than for loop", "vmap slow"],
+    "speed/plot_what_vmap_runs": [
+        *["vmap slower than for loop", "why is vmap slow", "vmap slow"],
+    ],
     "speed/plot_when_vmap_pays": ["is vmap faster than a for loop", "vmap speedup"],
+    "speed/plot_fastest_ensemble": ["ensemble faster inference", "vmap inference"],
     "speed/plot_memory": ["cuda out of memory", "vmap memory", "oom"],
     "speed/plot_how_equal": ["vmap different results", "allclose fails", "tf32"],
     "training/plot_hyperparameter_sweep": [
         *["different learning rate per model", "learning rate for each model"],
-        "learning rate per member",
+        *["learning rate per member", "weight decay per model"],
     ],
     "training/plot_state": ["batch norm vmap", "dropout vmap", "tied weights"],
     "training/plot_faster_training": ["compile training step", "fused adam vmap"],
-    "training/plot_training": ["train ensemble vmap", "gradient clipping per model"],
+    "training/plot_training": [
+        *["train ensemble vmap", "adam per model", "gradient clipping per model"],
+    ],
     "training/plot_saving": ["save ensemble", "load ensemble", "unstack models"],
     "uncertainty/plot_unknown_inputs": [
-        "out-of-distribution detection",
-        "ood detection",
+        *["out of distribution", "out-of-distribution detection", "ood detection"],
     ],
-    "uncertainty/plot_more_members": ["how many members", "calibration error (ece)"],
+    "uncertainty/plot_more_members": [
+        *["how many members", "calibration error (ece)", "temperature scaling"],
+    ],
     "uncertainty/plot_from_many_to_few": ["ensemble selection", "distillation"],
     "uncertainty/plot_regression": ["aleatoric and epistemic uncertainty"],
     "scale/plot_many_devices": ["multi gpu ensemble", "ddp ensemble", "multiple gpus"],

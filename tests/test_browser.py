@@ -152,6 +152,10 @@ WANTED = {
     "out of memory": "speed/plot_memory",
     "combine_state_for_ensemble": "basics/plot_from_functorch",
     "randomness error": "basics/plot_what_vmap_refuses",
+    "out of distribution": "uncertainty/plot_unknown_inputs",
+    "weight decay per model": "training/plot_hyperparameter_sweep",
+    "ensemble faster inference": "speed/plot_fastest_ensemble",
+    "multiple gpus": "scale/plot_many_devices",
 }
 
 
