@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 XS = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0)).double()
@@ -260,8 +260,52 @@ def test_checkpoints_stand_around_vmap():
     # torch 2.11 refuses the call, 2.13 the way back
     with pytest.raises(RuntimeError, match=r"vmap support|may have escaped"):
         vmap(lambda x: checkpoint(f, x, use_reentrant=False))(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"vmap support|saved tensor hooks"):
+        vmap(grad(lambda x: checkpoint(f, x, use_reentrant=False)))(XS)
     with pytest.raises(RuntimeError, match="override the setup_context"):
         vmap(lambda x: checkpoint(f, x, use_reentrant=True))(x)
     x.grad = None
     checkpoint(vmap(f), x, use_reentrant=False).sum().backward()
     torch.testing.assert_close(x.grad, vmap(grad(f))(XS))
+
+
+STACK, _ = stack_module_state([nn.Linear(6, 2).double() for _ in XS])
+LAYER = nn.Linear(6, 2, device="meta")
+
+
+def call(params, x):
+    return functional_call(LAYER, params, (x,))
+
+
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    {
+        "Got in_dim=0 for some input": lambda: vmap(torch.add)(torch.tensor(1.0), XS),
+        "same size in the mapped dimension": lambda: vmap(torch.add)(XS, XS[0]),
+        "in_dims is not compatible with the structure": lambda: vmap(call, (0,))(
+            STACK, XS
+        ),
+        "stack expects each tensor to be equal size": lambda: stack_module_state(
+            [nn.Linear(6, 2), nn.Linear(6, 3)]
+        ),
+        "Expected all models to be of the same class": lambda: stack_module_state(
+            [nn.Linear(6, 2), nn.ReLU()]
+        ),
+        "the same training/eval mode": lambda: stack_module_state(
+            [nn.Linear(6, 2), nn.Linear(6, 2).eval()]
+        ),
+        r"t\(\) expects a tensor with <= 2 dimensions": lambda: call(STACK, XS[0]),
+        r"t\(\) expects a tensor": lambda: vmap(call, in_dims=(None, 0))(STACK, XS),
+    }.items(),
+)
+def test_messages_about_inputs_and_models(words, mistake):
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        mistake()
+
+
+def test_ways_out_for_inputs():
+    expected = torch.stack(
+        [call({k: p[i] for k, p in STACK.items()}, x) for i, x in enumerate(XS)]
+    )
+    for in_dims in [(0, 0), ({"weight": 0, "bias": 0}, 0)]:
+        torch.testing.assert_close(vmap(call, in_dims)(STACK, XS), expected)

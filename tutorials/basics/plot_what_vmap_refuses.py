@@ -60,56 +60,47 @@ def check(one_call, loop):
 # What you see, what to write, and why
 # ------------------------------------
 #
-# Thirteen short functions that ``vmap`` refuses:
-
-refused = {
-    "float": lambda x: vmap(torch.add)(x, 0.1),
-    "shared": lambda x: vmap(torch.add)(x, x[0]),
-    "if": lambda x: x if x.sum() > 0 else -x,
-    "item": lambda x: x / x.max().item(),
-    "numpy": lambda x: x.cpu().numpy(),
-    "mask": lambda x: x[x > 0],
-    "in place": lambda x: torch.zeros(8, 6, **float64).copy_(x),
-    "random": nn.Dropout(),
-    "norm": nn.BatchNorm1d(6, **float64),
-    "lstm": nn.LSTM(6, 5, **float64),
-    "backward": lambda x: x.sum().backward(),
-    "function": Function.apply,
-    "return": lambda x: (x.sum(), "loss"),
-}
-
-# %%
-# PyTorch's message for each, what to write, and why:
-
-instead = {
-    "float": ("in_dims=(0, None), also for a module", "a float has no row for each"),
-    "shared": ("in_dims=(0, None)", "one minibatch, for all members"),
-    "if": ("torch.where(test, a, b)", "an if goes one way, members differ"),
-    "item": ("x.max(), still a tensor", "a float holds one number, not four"),
-    "numpy": ("torch, or NumPy after the call", "NumPy knows no members"),
-    "mask": ("torch.where(mask, x, fill)", "members would differ in shape"),
-    "in place": ("x.new_zeros(8, 6).copy_(x)", "four results, room for one"),
-    "random": ('vmap(f, randomness="different")', "dropout: one mask, or one each?"),
-    "norm": ("stack the buffers, or bn.eval()", "four means, room for one"),
-    "lstm": ("the cell, written out; no out=", "no rule for this operator"),
-    "backward": ("vmap(grad(loss))", "no backward() inside of vmap"),
-    "function": ("setup_context, generate_vmap_rule", "the old form has no rule"),
-    "return": ("only tensors, or out_dims=(0, None)", "a str cannot be stacked"),
-}
-
-for case, (what, why) in instead.items():
-    print(textwrap.shorten(says(refused[case], xs), 88, placeholder=" ..."))
-    print(f"    write: {what}\n    why: {why}")
-
-# %%
-# Each case in full follows, under words of its message. "accepted here" means that your
-# PyTorch is newer. ``chunk_size=1`` changes nothing. What the text adds is tested, too.
+# About the inputs:
+#
+# - ``Got in_dim=0 for an input``, ``for some input``, ``same size in the mapped
+#   dimension``: what members share has no row for each. Say ``None`` in ``in_dims``.
+# - ``in_dims is not compatible with the structure``: say ``in_dims`` for each argument,
+#   as ``(0, None)``, and in a dictionary for each key, or one number for all of it.
+#
+# About the function:
+#
+# - ``data-dependent control flow``: an ``if`` goes one way, members differ.
+#   ``torch.where(test, a, b)``.
+# - ``calling .item() on a Tensor``: a float is one number. Go on with the tensor.
+# - ``Cannot access data pointer of Tensor``: NumPy knows no members. Call it later.
+# - ``dynamic shape``: members would differ in shape. ``torch.where(mask, x, fill)``.
+# - ``inplace arithmetic is not possible``, ``doesn't match the broadcast shape``: there
+#   is room for one result only. ``x.new_zeros(...)``.
+# - ``randomness error mode``: one mask, or one each? ``randomness="different"``.
+# - ``Batch norm got a batched tensor``: room for one. Stack buffers, or ``eval()``.
+# - ``Batching rule not implemented``: an LSTM, a GRU, ``out=``. Write the cell out.
+# - ``attempting to call Tensor.requires_grad_()``, ``backward() called inside``:
+#   gradients are functions here. ``vmap(grad(loss))``.
+# - ``override the setup_context staticmethod``, ``does not have vmap support``: an
+#   ``autograd.Function`` of the old form, or ``checkpoint``.
+# - ``must only return Tensors``: a ``str`` cannot be stacked. ``out_dims=(0, None)``.
+# - ``There is a performance drop``: not refused, but slow.
+#
+# About the models:
+#
+# - ``stack expects each tensor to be equal size``, ``Expected all models to be of the
+#   same class``: one call for each architecture (``plot_recipes.py``).
+# - ``the same training/eval mode``: call ``eval()``, or ``train()``, on all of them.
+# - ``t() expects a tensor with <= 2 dimensions``: a model got the stacked parameters
+#   outside of ``vmap``, or with ``None`` in ``in_dims``.
+#
+# Cases that need more follow, each under its words. "accepted here" means that your
+# PyTorch is newer.
 #
 # ``Got in_dim=0 for an input``
 # -----------------------------
 #
-# Or "Expected all tensors to have the same size in the mapped dimension": what all
-# members share, a number, a module or a minibatch, gets ``None`` in ``in_dims``.
+# A number, a module or a minibatch that all members share:
 
 shared = torch.randn(8, 6, **float64)
 
@@ -396,8 +387,9 @@ check(vmap(grad(lambda x: (Sign.apply(x) * x).sum()))(xs), loop)
 # %%
 # Without ``generate_vmap_rule`` the message is "it does not have vmap support".
 #
-# Activation checkpoints inside of ``vmap`` say one of both, or "your tensor may have
-# escaped": write ``checkpoint(vmap(f), xs, use_reentrant=False)``, around ``vmap``.
+# ``checkpoint`` inside of ``vmap`` says one of both, or "your tensor may have escaped"
+# or "don't yet support saved tensor hooks". Put it around ``vmap``:
+# ``checkpoint(vmap(f), xs, use_reentrant=False)``.
 #
 # ``must only return Tensors``
 # ----------------------------
