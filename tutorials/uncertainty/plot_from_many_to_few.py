@@ -8,8 +8,8 @@ answer as the team does.
 
 **In short.** Add to the team, one after another, the member with which the average of
 the probabilities has the least validation loss; then report on test data, over several
-splits. Keep rivals beside it: for the team, the best five and one network as large as
-they are together; for a distilled network, the best single member.
+splits. Keep rivals beside it: for the team, first of all the best five, and one network
+as large as they are together; for a distilled network, the best single member.
 
 Before: ``plot_hyperparameter_sweep.py`` gives each member a learning rate of its own.
 """
@@ -36,7 +36,9 @@ print(f"{device.type}, torch {torch.__version__}, float32 but for the check")
 #
 # The lines to copy. ``probs`` holds the predictions of all members for the same
 # validation images. A member may be picked again, and then counts twice; a bad one can
-# be the best partner, if it errs elsewhere (tested).
+# be the best partner, if it errs elsewhere (tested). After
+# ``team = greedy(val_probs, val_labels, size=5)``, the team's prediction is
+# ``test_probs[team].mean(dim=0)``.
 
 
 def check(probs, labels):
@@ -73,10 +75,8 @@ def greedy(probs, labels, size):
 # ----------------------
 #
 # Of scikit-learn's 1,797 digits, 300 are to train on, 300 to choose by, 500 stay
-# without labels for later, and 697 are to test, in many random splits. (The full MNIST:
-# ``data = torchvision.datasets.MNIST(folder, download=True)``,
-# ``images = data.data.flatten(1) / 255``, ``labels = data.targets``, 784 for each 64,
-# and four parts that sum to 60,000.)
+# without labels for later, and 697 are to test, in many random splits. (For more, take
+# ``torchvision.datasets.MNIST``, 784 pixels for 64, and larger parts.)
 
 digits = load_digits()
 images = torch.tensor(digits.data / 16, dtype=torch.float32, device=device)
@@ -238,8 +238,10 @@ choices = {
 }
 
 # %%
-# We compare in pairs, as a hard split is hard for all. The splits share images, so the
-# standard error (in brackets) is too small: a difference counts from three of them.
+# We compare in pairs, as a hard split is hard for all. A difference counts from three
+# standard errors (in brackets), and then for splits of *these* 1,797 images. To speak
+# of other digits, ``plot_more_members.py`` has a correction: the error would be
+# :math:`\sqrt{1 + 16 \cdot 697 / 300}`, about six, times as large.
 
 
 def score(probs):
@@ -271,7 +273,7 @@ for name in list(scores)[1:]:
     report(name, scores[name] - team)
 
 # %%
-# - **Best one:** where it is worse, a team pays if you can afford its predictions.
+# - **Best one:** where it is worse, a team pays if you can afford it.
 # - **Best five, five seeds:** where they are not certainly worse, choosing partners
 #   bought nothing that we can measure, and the simplest choice will do.
 # - **One, 5 x as wide:** where it is not certainly worse, one larger network may do the
@@ -282,9 +284,9 @@ for name in list(scores)[1:]:
 # --------------------------------
 #
 # To distill is to train a new network, the student, on the team's probabilities. They
-# say more than a label ("a 3, but it could be an 8"), and the team gives them also for
-# noisy images and the 500 without labels. In each split, eight students train three
-# times as long as members; validation chooses one.
+# say more than a label, and the team gives them also for noisy images and the 500
+# without labels. In each split, eight students train three times as long as members;
+# validation chooses one.
 #
 # **Two rivals predict at the same cost**: the best member, and the best of eight that
 # train as long as the students, on labels.
@@ -322,7 +324,7 @@ shown = [k for k in scores if k not in ("greedy five", "all of the sweep")]
 fig, ax = plt.subplots(layout="constrained")
 for y, name in enumerate(shown):
     d = (scores[name] - team)[:, 1]
-    ax.plot(d, [y] * num_splits, "C0o", ms=5, alpha=0.4)
+    ax.plot(d, [y] * num_splits, "C0o", ms=5, alpha=0.7)
     ax.plot(d.mean(), y, "C1|", ms=20, mew=3)
 ax.axvline(0, color="0.5", linestyle="--")
 ax.set_yticks(range(len(shown)), labels=shown)
@@ -362,8 +364,8 @@ for count in (50, 300):
     print(f"  test minus validation: {verdict(after - there.cpu())}")
 
 # %%
-# "Worse": the score that chose a member flatters it. (Here and above, "not certain" is
-# no proof that two are equal.) Report the test score, and never choose by it.
+# "Worse": the score that chose a member flatters it. ("Not certain" is no proof that
+# two are equal.) Report the test score, and never choose by it.
 #
 # Remember
 # --------

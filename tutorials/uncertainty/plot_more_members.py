@@ -155,8 +155,8 @@ for k, model in enumerate(few):
 print(f"together and alone, 20 steps in float64: {off:.0e} apart")
 
 # %%
-# Train them with each of three peak learning rates, to choose from later, and predict
-# the test and the validation images of their fold:
+# Train them at each of their peak rates, and predict their fold's test and validation
+# images:
 
 
 def probs_of(models, rates):
@@ -175,7 +175,6 @@ def probs_of(models, rates):
         yield torch.stack([found[:, k, :, row] for k, row in enumerate(rows)], dim=1)
 
 
-# [3, 5, 32, 1000, 10] and [3, 5, 32, 500, 10]
 small_test, small_val = probs_of(small, peak_rates["small"])
 large_test, large_val = probs_of(large, peak_rates["large"])
 y_test, y_val = labels[test_rows].cpu(), labels[val_rows].cpu()
@@ -227,11 +226,11 @@ def play(test, val, size):
 #
 # The Brier score of an average is the members' average score minus their variance
 # around it. So in teams of M, 1/M is left of all that members can gain, whatever the
-# networks (tested on all teams of a size). What all members get wrong together stays.
+# networks (tested on all teams of a size).
 #
 # The expected calibration error (ECE) cannot reach zero: even perfect probabilities are
-# off by chance in a bin of a few images. All curves are at the rate chosen for teams of
-# five, which flatters the gain over one member; the table below gives each its own.
+# off by chance in a bin of a few images. All curves have the rate chosen for teams of
+# five, which flatters the gain over one.
 
 
 def scores(probs, y):
@@ -278,8 +277,9 @@ fig.set_label(
 # Fair: one large network, and a temperature for each
 # ---------------------------------------------------
 #
-# Are members better than width (Abe 2022)? And better than **one number**, the
-# temperature (Ashukha 2020)?
+# Calibration need not follow the others: see the diagram below. Are members better than
+# width (Abe 2022)? And than **one number**, the temperature (Ashukha 2020)? From 500
+# images it can also do harm: compare each line with its T.
 
 
 def rescale(test, val):
@@ -328,15 +328,15 @@ compare("32 small", "5 small")
 
 # %%
 # The first comparison is the question: **where five small networks are not certainly
-# better than one of their size, each at its best, the ensemble is not necessary** for
-# digits like these. Yet only an ensemble says where its members disagree.
+# better than one of their size, each with its own rate and temperature, the ensemble is
+# not necessary** for digits like these. Yet only it says where members disagree.
 #
 # "Not certain": five folds cannot tell. A rate at an end of its list might want more.
 #
 # Averaging makes less confident
 # ------------------------------
 #
-# The reliability diagram, without temperature:
+# The reliability diagram, without temperature; each mark has 100 images or more:
 
 fig, ax = plt.subplots(layout="constrained")
 ax.plot([0, 1], [0, 1], color="gray", linewidth=1)
@@ -345,7 +345,7 @@ for size, look in [(1, "C0o-"), (num_members, "C1^--")]:
     confidence, answer = probs.max(dim=-1)
     right = (answer == y_test.flatten()).double()
     bins = (confidence * 10).ceil()
-    inside = [bins == k for k in range(1, 11) if (bins == k).sum() >= 20]
+    inside = [bins == k for k in range(1, 11) if (bins == k).sum() >= 100]
     x = [confidence[i].mean() for i in inside]
     ax.plot(x, [right[i].mean() for i in inside], look, label=f"members: {size}")
 ax.set_title(f"Reliability on 5,000 test digits; {where}")

@@ -64,15 +64,15 @@ print("entropy of the mean:", [f"{v:.2f}" for v in entropy(both.mean(0))])
 print("mutual information: ", [f"{v:.2f}" for v in mutual_information(both)])
 
 # %%
-# Image 1: all are sure of the same. Image 2: each member is unsure, and all agree on
-# that: an ambiguous image. Image 3: each is sure, **of something else**: only the
-# mutual information tells it from image 2. For one network, it is always zero.
+# Image 1: all are sure of the same. Image 2: all are unsure: it is ambiguous. Image 3:
+# each is sure, **of something else**: only the mutual information tells it from image
+# 2. For one network, it is always zero.
 #
 # Digits, and no digits
 # ---------------------
 #
 # 5,000 digits of MNIST (all: ``torchvision.datasets.MNIST``) in five folds: 3,500 to
-# train, 500 to validate, 1,000 to test. Unknown are patches of photographs, of no
+# train, 500 to validate, 1,000 to test. Unknown are patches of two photographs, of no
 # class; known classes that shift are turned digits, and scikit-learn's.
 
 num_folds, num_members, num_steps = 5, 5, 800
@@ -108,8 +108,8 @@ answers["other digits"] = torch.tensor(small.target)
 # --------------------------------------------
 #
 # Five small CNNs against **one network with as many parameters as all five** (45,970
-# and 5 x 9,098). Each has a peak rate of its own: of 0.001 to 0.02 in trials,
-# the best on validation digits.
+# and 5 x 9,098). Each has a peak rate of its own: of 0.001 to 0.02 in trials, the best
+# on validation digits (for the small ones the highest tried).
 
 
 def cnn(width):
@@ -144,8 +144,7 @@ def train(models, x, y, rows, rate):
 
 
 # %%
-# A nested ``vmap`` predicts: over members, which share the images of their fold, and
-# over folds, each with its own.
+# A nested ``vmap`` predicts, over members and over folds:
 
 
 @torch.no_grad()
@@ -161,7 +160,7 @@ def predict(skeleton, params, x):
 
 
 # %%
-# The check, in float64: trained together or alone, a model predicts the same.
+# The check: in float64, trained together or alone, a model predicts the same.
 
 models = [cnn(8).to(device, torch.float64) for _ in range(4)]  # 2 members, 2 folds
 x64, rows = x.double(), torch.randint(5000, (20, 4, 32), device=device)
@@ -230,10 +229,10 @@ def fpr_at_95(scores_in, scores_out):
 
 
 # %%
-# The last column counts the harm: wrong answers with a probability above 0.9. For a
-# patch all are wrong. Within 2.8 standard errors, a difference from the first row is
-# *not certain*: Student's t, corrected for shared training digits (`Nadeau & Bengio,
-# 2003 <https://doi.org/10.1023/A:1024068626366>`_); patches are the same in all folds.
+# The last column counts the harm: wrong answers with a probability above 0.9, whatever
+# the score; for a patch, all are wrong. Within 2.8 standard errors, a difference from
+# the first row is *not certain* (``plot_more_members.py`` says why). The patches are
+# the same in all folds.
 
 
 def sure_and_wrong(probs, answers):
@@ -281,16 +280,15 @@ fig.suptitle(f"Known and unknown images, all folds; {where}")
 fig.set_label("Histograms of three scores, each of digits and of patches.")
 
 # %%
-# **Who wins depends on the inputs.** Where five small are *better*, they buy what width
-# does not; *worse*: take the large one; *not certain*: five folds cannot tell.
-#
-# **For known classes, the last column counts**: to be sure, and right, is no harm.
+# The less histograms overlap, the higher the AUROC. **Who wins depends on the inputs.**
+# Where five small are *better*, they buy what width does not; *worse*: take the large
+# one; *not certain*: five folds cannot tell.
 #
 # Turned digits: sure and wrong
 # -----------------------------
 #
-# A good model stops being sure (after Ovadia et al.). Without a temperature, the
-# ensemble gets credit for what **one number** buys.
+# A good model stops being sure (after Ovadia et al.; but a 6 that is turned by 180 *is*
+# a 9). Without a temperature, the ensemble gets credit for what **one number** buys.
 
 print(f"{'share sure and wrong, turned by':36}", *(f"{d:4}" for d in angles))
 for name in recipes:
@@ -304,7 +302,7 @@ for name in recipes:
 # The mistake: to trust agreement
 # -------------------------------
 #
-# Above each image: what the five members answer.
+# Above each image: what the five members answer. In the lower row all are wrong.
 
 kind = "turned by 90"
 votes, (p, answer) = team[kind].argmax(-1), five[kind].max(-1)
@@ -319,9 +317,11 @@ for line, (title, score) in zip(axes, rows.items(), strict=True):
     line[0].set_ylabel(title)
 fig.suptitle(f"Digits {kind} degrees, fold 0; {where}")
 fig.set_label("The six digits of most disagreement; six with sure, wrong answers.")
+alike = (votes == votes[0]).all(0)[sure > 0.9].double().mean()
+print(f"sure, wrong answers {kind} that all five members give: {alike:.0%}")
 
 # %%
-# **No disagreement finds what members learned alike.**
+# **What all members learned alike, their disagreement cannot show.**
 #
 # Answer only what is sure
 # ------------------------
@@ -339,7 +339,8 @@ for name in recipes:
         print(f"{name:10}, {kind:12}:", text)
 
 # %%
-# All thresholds; the ceiling answers the right ones first:
+# All thresholds, in a mix with upright digits. Where two curves lie together, either
+# score will do; the ceiling answers the right ones first:
 
 fig, axes = plt.subplots(1, 2, sharey=True, figsize=(8, 3.4), layout="constrained")
 for ax, kind in zip(axes, ["patches", "other digits"], strict=True):
@@ -363,9 +364,8 @@ fig.set_label("Accuracy against the share answered, for three scores, and the ce
 # Remember
 # --------
 #
-# The entropy says how unsure the ensemble is; mutual information, how much of that is
-# disagreement. **Judge both on inputs like yours, beside one larger network, each with
-# a temperature**, at a threshold from validation.
+# **Judge entropy and mutual information on inputs like yours, beside one larger
+# network, each with a temperature**, at a threshold from validation.
 #
 # Next
 # ----
