@@ -101,8 +101,9 @@ def audit(name, address, folder):
 
 def main(words):
     pages = sorted(path.relative_to(HTML).as_posix() for path in HTML.rglob("*.html"))
-    # Search engines are told not to list the search page: no score for it.
-    pages = [page for page in pages if page not in {"search.html", "404.html"}]
+    # No score for pages that search engines are told not to list, nor for a template.
+    left_out = {"search.html", "404.html", "_static/webpack-macros.html"}
+    pages = [page for page in pages if page not in left_out]
     pages = [page for page in pages if any(word in page for word in words or [""])]
     if not pages:
         sys.exit(f"no page in {HTML} matches: build the site first (make html)")
