@@ -214,6 +214,11 @@ def test_no_leftovers_of_sphinx_gallery(pages):
         assert "Total running time" not in page.text, path
 
 
+def test_initials_do_not_make_a_list(pages):
+    for path, page in pages.items():
+        assert not page.select("ol.upperalpha"), f"{path}: write names without initials"
+
+
 def test_ids_are_unique(pages):
     for path, page in pages.items():
         ids = [element["id"] for element in page.select("[id]")]

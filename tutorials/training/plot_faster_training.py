@@ -267,6 +267,6 @@ fig.set_label(
 # References
 # ----------
 #
-# - D. P. Kingma, J. Ba (2014), `arXiv:1412.6980 <https://arxiv.org/abs/1412.6980>`_.
+# - Kingma and Ba (2014), `arXiv:1412.6980 <https://arxiv.org/abs/1412.6980>`_.
 # - PyTorch on `compiled optimizers
 #   <https://docs.pytorch.org/tutorials/recipes/compiling_optimizer.html>`_.

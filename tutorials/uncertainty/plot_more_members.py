@@ -399,5 +399,5 @@ compare("mean of logits", "mean of probabilities")
 #   <https://arxiv.org/abs/2002.06470>`_.
 # - C. Nadeau, Y. Bengio (2003), `Machine Learning 52
 #   <https://doi.org/10.1023/A:1024068626366>`_.
-# - T. Abe and others (2022), `arXiv:2202.06985 <https://arxiv.org/abs/2202.06985>`_.
+# - Abe and others (2022), `arXiv:2202.06985 <https://arxiv.org/abs/2202.06985>`_.
 # - C. Guo and others (2017), `arXiv:1706.04599 <https://arxiv.org/abs/1706.04599>`_.
