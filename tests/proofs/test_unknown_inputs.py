@@ -93,3 +93,11 @@ def test_sure_and_wrong_counts_wrong_answers_above_nine_tenths():
     probs = torch.tensor([[[0.95, 0.05], [0.85, 0.15], [0.95, 0.05]]])
     answers = torch.tensor([1, 1, 0])  # wrong and sure, wrong and unsure, right
     assert PAGE["sure_and_wrong"](probs, answers).item() == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("sign", "word"), [(1, "better"), (-1, "worse")])
+def test_a_difference_counts_beyond_2_8_corrected_standard_errors(sign, word):
+    PAGE["num_folds"], noise = 5, torch.tensor([-2.0, -1, 0, 1, 2])
+    error = noise.std() * (1 / 5 + 1000 / 3500) ** 0.5
+    assert PAGE["verdict"](sign * 2.9 * error + noise) == word
+    assert PAGE["verdict"](sign * 2.7 * error + noise) == "not certain"
