@@ -120,10 +120,24 @@ def split_otherwise(rank, world, num_models):
             declare(params, optimizer, num_models, cpu)
         except ValueError as error:
             Path(f"refused-{rank}").write_text(str(error))
+    globals()["share"] = lambda *_: members  # so declare has nothing to refuse
+    dcp.save(declare(params, optimizer, num_models, cpu), checkpoint_id="other-split")
+    dist.destroy_process_group()
+
+
+def load(rank, world, num_models, folder, whole):
+    join(rank, world, f"load-{folder}")
+    params, optimizer = begin(share(num_models, rank, world), cpu)
+    tensors = declare(params, optimizer, num_models, cpu) if whole else dict(params)
+    try:
+        dcp.load({"0.weight": tensors["0.weight"].detach()}, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:
+        Path(f"not-{folder}-{rank}").write_text(str(error))
     dist.destroy_process_group()
 
 
 fork(split_otherwise, 4, 10)
+fork(load, 2, 10, "other-split", True)
 """
 
 NO_STEP = """
@@ -146,6 +160,7 @@ def mistaken(rank, world, num_models):
 
 
 fork(mistaken, 4, 8)
+fork(load, 2, 8, "plain", False)
 """
 
 
@@ -175,6 +190,8 @@ def test_plain_tensors_under_one_name_are_those_of_process_0(forked):
     loaded = [torch.load(forked / f"{rank}.pt") for rank in range(4)]
     first = undisturbed(2, 0)["0.weight"]
     assert all(torch.equal(rows, first) for rows in loaded)
+    for rank in range(2):  # another number of processes
+        assert "Size mismatch" in (forked / f"not-plain-{rank}").read_text()
 
 
 def test_another_split_than_that_of_shard_0_is_refused(forked):
@@ -184,6 +201,9 @@ def test_another_split_than_that_of_shard_0_is_refused(forked):
         "refused-2": "2 rows, where Shard(0) means 3",
         "refused-3": "2 rows, where Shard(0) means 1",
     }
+    assert (forked / "other-split" / ".metadata").exists()  # saved without the check
+    for rank in range(2):
+        assert "mismatch" in (forked / f"not-other-split-{rank}").read_text()
 
 
 def test_a_name_for_each_member_needs_no_dtensor(forked):

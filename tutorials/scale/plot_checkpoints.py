@@ -5,10 +5,10 @@ Checkpoints for any number of processes
 Save an ensemble that trains in several processes, load it with another number of them,
 and let a training whose process was killed end as if nothing had happened.
 
-**In short.** Before ``torch.distributed.checkpoint`` saves a stack of members, declare
-its rows with ``DTensor.from_local`` as a part of all rows; then any number of processes
-finds its members again. If each minibatch depends on member and step only, parameters,
-the optimizer's tensors and the step are all that a training needs to go on.
+**In short.** Tell ``torch.distributed.checkpoint``, by ``DTensor.from_local``, which
+rows of the whole stack a process holds; then any number of processes finds its members
+again. If each minibatch depends on member and step only, parameters, the optimizer's
+tensors and the step are all that a training needs to go on.
 
 Before you start, read ``plot_many_devices.py``: it splits members over processes.
 """
@@ -47,8 +47,9 @@ print(f"{num_processes} processes, {where}, torch {torch.__version__}")
 # Save and load the members of all processes
 # ------------------------------------------
 #
-# The lines to copy. ``params`` is the stack of this process's members, ``optimizer`` a
-# stock one on it, ``num_models`` counts the members of all processes:
+# The lines to copy into ``train.py``: imports from torch and ``pathlib``, and the
+# functions of this section and the next. ``params`` is the stack of a process's own
+# members, ``optimizer`` a stock one on it, ``num_models`` counts all members:
 
 
 def share(num_models, rank, world):
@@ -124,17 +125,17 @@ def work(num_models, num_steps, folder):
 # %%
 # Each process writes its own rows, at the same time; ``.metadata`` comes last, when all
 # are there. So **a folder without** ``.metadata`` **is half written, and is never
-# loaded**. Another split than ``share``'s (``tensor_split`` makes 3, 3, 2, 2 of 10)
-# would be saved without an error, and could not be loaded by another number of
-# processes: ``declare`` refuses it (tested).
+# loaded**. Older checkpoints you may delete. Another split than ``share``'s
+# (``tensor_split`` makes 3, 3, 2, 2 of 10) would be saved without an error, but another
+# number of processes could not load it: ``declare`` refuses it (tested).
 #
 # Members and their training
 # --------------------------
 #
-# The rest of ``train.py``, as in ``plot_many_devices.py``: seeds belong to members, and
-# a minibatch is a function of member and step, so no state of a random generator is
-# saved. This training needs nothing else; batch-norm buffers you would add to
-# ``tensors``, and a learning rate that changes you would compute from the step.
+# The rest of ``train.py``, as in ``plot_many_devices.py``: a minibatch is a function
+# of member and step, so no state of a random generator is saved. (Dropout has one: it
+# goes on with other masks.) Batch-norm buffers you would add to ``tensors``, and a
+# learning rate that changes you would compute from the step.
 
 
 def mlp():
@@ -192,7 +193,7 @@ def train_step(params, optimizer, members, step, device):
 # How this page starts it
 # -----------------------
 #
-# In the same way, with a file that it writes.
+# With a file that it writes.
 
 
 def launch(num_processes, script, folder, wanted):
@@ -206,7 +207,7 @@ def launch(num_processes, script, folder, wanted):
         try:
             said, errors = running.communicate(timeout=100)
         finally:
-            running.terminate()  # not kill, which would leave the workers running
+            running.terminate()  # kill would leave the workers running
             running.wait()
     if not Path(folder, wanted).exists():
         raise RuntimeError(errors)  # with the traceback of the process that failed
@@ -214,7 +215,7 @@ def launch(num_processes, script, folder, wanted):
 
 
 # %%
-# Imports, and the functions to copy, as they stand above:
+# Imports, and the functions to copy:
 
 imports = """
 import os, signal, torch, torch.distributed as dist, torch.nn.functional as F
@@ -234,7 +235,7 @@ functions = "\n".join([imports, *map(inspect.getsource, copied)])
 # --------------
 #
 # In this launch one minibatch kills the process that asks for it, the last one. The
-# others wait for it in vain at their next checkpoint; torchrun ends them.
+# others wait for it at their next checkpoint; torchrun ends them.
 
 
 def killing(minibatch, *deadly):
@@ -278,8 +279,8 @@ print(launch(fewer, f"{functions}\n{call}", scratch.name, last).strip())
 # -------------------------
 #
 # To use the members elsewhere, turn a checkpoint into a file for ``torch.load``. It
-# holds the stack, as if one process had trained it; ``plot_saving.py`` takes members
-# out. Keep this file: no later release is promised to read the checkpoints themselves.
+# holds the stack of all; ``plot_saving.py`` takes members out. Keep this file: no later
+# release is promised to read the checkpoints themselves.
 
 stacks = {}
 for step in range(10, num_steps + 1, 10):
@@ -293,8 +294,8 @@ for name in ["0.weight", "0.weight.exp_avg", "0.weight.step"]:
 # As if nothing had happened
 # --------------------------
 #
-# This page's process trains the same members undisturbed. The check to keep: interrupt
-# a training of your own, in float64.
+# The page trains the same members undisturbed. The check to keep: interrupt a training
+# of your own, in float64.
 
 
 @torch.no_grad()
@@ -335,17 +336,21 @@ fig.set_label(
 
 # %%
 # **The number of processes may change, the members do not.** A death costs the steps
-# since the last complete checkpoint; they are done again, with the same minibatches.
-# Tested are 5 and 8 members, with 1 to 4 processes. ``plot_many_devices.py`` says when
-# all bits agree.
+# since the last complete checkpoint; they are done again, with the same minibatches
+# (tested: 5 and 8 members, 1 to 4 processes). ``plot_many_devices.py`` says when all
+# bits agree.
 #
 # Let torchrun restart it?
 # ------------------------
 #
-# With ``--max-restarts``, torchrun itself starts as many processes again. With torch
-# 2.13 that may fail or hang, because the new processes look for dead ones
-# (pytorch#135712): set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` (tested), or start the
-# job again, as this page does.
+# With ``--max-restarts`` it does, with as many processes as before. In torch 2.13 that
+# may fail or hang, because new processes look for dead ones (pytorch#135712). Start the
+# job again, as this page does, or set a variable first (tested):
+#
+# .. code-block:: none
+#
+#    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+#    torchrun --max-restarts 3 --standalone --nproc-per-node 4 train.py
 #
 # The mistake: plain tensors under one name
 # -----------------------------------------
@@ -371,28 +376,26 @@ script = f"{functions}\n{inspect.getsource(save_plain)}\nsave_plain({num_models}
 with tempfile.TemporaryDirectory() as folder:
     launch(2, script, folder, "1.pt")
     loaded = torch.cat([torch.load(f"{folder}/{rank}.pt") for rank in range(2)])
-print(f"{num_models} members saved by 2 processes, {len(loaded)} loaded:", end=" ")
-print(f"{len(loaded.unique(dim=0))} distinct")
+distinct = len(loaded.unique(dim=0))
+print(f"{num_models} members saved, {len(loaded)} loaded, {distinct} distinct")
 
 # %%
 # There is no error. A plain tensor counts as the *same* in all processes: the rows of
-# process 0 were saved, and all got those. Another number of processes gets ``Size
-# mismatch``. Declare the rows, or give each member names of its own
-# (``"member3.0.weight"``): many small entries, but no ``DTensor``, and any split
-# (tested).
+# process 0 were saved, and all got those. Another number of processes gets a ``Size
+# mismatch``. Declare the rows, or name those of each member (``"member3.0.weight"``):
+# many small entries, but no ``DTensor``, and any split (tested).
 #
 # Remember
 # --------
 #
 # **Declare rows as a shard, and any number of processes loads them.** Give each step a
-# folder; only one with ``.metadata`` is complete. Save the optimizer's tensors and the
-# step, and let minibatches depend on nothing else.
+# folder; only one with ``.metadata`` is complete. Save the optimizer's tensors, too;
+# let minibatches depend on member and step only.
 #
 # Next
 # ----
 #
 # - ``plot_how_far.py`` plans a thousand members, or a million.
-# - ``plot_saving.py`` saves an ensemble from one process and takes members out.
 # - PyTorch on `distributed checkpoints
 #   <https://docs.pytorch.org/docs/stable/distributed.checkpoint.html>`_.
 #

@@ -44,9 +44,10 @@ print(f"{num_processes} processes on {where}, torch {torch.__version__}, float64
 # Split the members over the processes
 # ------------------------------------
 #
-# The lines to copy: the imports from torch, and the functions of the next three cells.
-# A member is its number: seeds and minibatches follow from it. (The usual
-# ``torch.manual_seed(rank)`` makes other members for another number of processes.)
+# The lines to copy into ``train.py``: the imports from torch, and the functions of the
+# next three cells. A member is its number: seeds and minibatches follow from it
+# (``torch.manual_seed(rank)`` makes other members for another number of processes).
+# With data of your own, the ``generator`` draws the rows of a minibatch.
 
 
 def share(num_models, rank, world):
@@ -114,7 +115,7 @@ def join():
 
 
 def predict(params, x, num_models):
-    """Probabilities of the whole ensemble, in every process."""
+    """Probabilities of the whole ensemble, for an ``x`` that is the same everywhere."""
     total = forward(params, x, in_dims=(0, None)).softmax(dim=-1).sum(dim=0)  # [32, 10]
     dist.all_reduce(total)  # the sum over all processes
     return total / num_models
@@ -131,12 +132,15 @@ def work(num_models, num_steps):
 
 
 # %%
-# Put them into a file ``train.py`` that ends with a call, as ``work(91, 10)``, and
-# start as many processes as you have devices:
+# End the file with a call, as ``work(91, 10)``, and start as many processes as you have
+# devices:
 #
 # .. code-block:: none
 #
 #    torchrun --standalone --nproc-per-node 4 train.py
+#
+# Process 0 leaves ``0.pt``: its members and the ensemble's probabilities; process 1
+# leaves ``1.pt``. ``torch.cat`` makes one stack of the members (below).
 #
 # **No member is lost or doubled** where the processes do not divide them: 91 members in
 # 4 processes are 23, 23, 23 and 22. (It is the sum that makes ``predict`` right then; a
@@ -146,8 +150,8 @@ def work(num_models, num_steps):
 # How this page starts it
 # -----------------------
 #
-# In the same way, with a file that it writes. Stop a launcher with ``terminate``, never
-# with ``kill``, which leaves its processes running.
+# With a file that it writes. Stop a launcher by ``terminate``; ``kill`` would leave its
+# processes running.
 
 imports = """
 import time
@@ -172,8 +176,8 @@ def launch(num_processes, script):
             finally:
                 running.terminate()
                 running.wait()
-        files = sorted(Path(folder).glob("*.pt"))
-        if len(files) < num_processes:
+        files = [Path(folder, f"{rank}.pt") for rank in range(num_processes)]
+        if not all(file.exists() for file in files):
             raise RuntimeError(errors)  # with the traceback of the process that failed
         return [torch.load(file, map_location="cpu") for file in files]
 
@@ -208,14 +212,15 @@ print(f"their parameters {'agree in every bit' if equal else 'differ in last bit
 # processes with 5, 7 and 8 members. Bits agree if a matrix product gives the same bits
 # for 46 members as for 91; with other widths, batch norm, or a single member in a
 # process, the last ones may differ. In float32 such a difference grows with every step,
-# until you have *other* members of the same quality (``plot_how_equal.py``).
+# until you have *other* members of the same quality (``plot_how_equal.py``). Dropout
+# makes others, too: one generator draws the masks of all members of a process.
 #
 # What is communicated?
 # ---------------------
 #
-# During training, nothing; to predict, the sum of probabilities, once (PyTorch's
-# ``CommDebugMode`` counts one call in a test). It is as large as the prediction of one
-# member, for any number of members:
+# During training, nothing; to predict, the sum of probabilities, once (tested with
+# PyTorch's ``CommDebugMode``). It is as large as the prediction of one member, for any
+# number of members:
 
 x, _ = minibatch(num_models, 0)
 probabilities = forward(whole, x, in_dims=(0, None)).softmax(dim=-1).mean(dim=0)
@@ -232,7 +237,8 @@ print(f"ensemble's probabilities by {num_processes} processes and 1: {off:.0e} a
 # No process waits for another, so ``n`` of them should be ``n`` times as fast. But a
 # step has a cost that a smaller share does not lower, each process needs a device of
 # its own, and cores share their memory. On a CPU there is also a rival: one process
-# that uses all cores, which is PyTorch's default. (Starting takes seconds more.)
+# that uses all cores, PyTorch's default. (``torchrun`` gives one thread to each of
+# several processes. Starting them takes seconds more.)
 
 
 def time_training(num_models, num_steps, threads):
@@ -256,7 +262,7 @@ def time_training(num_models, num_steps, threads):
 
 # %%
 
-# On a CPU four processes, to show what more processes than cores do.
+# On a CPU, four: more than can work at once on two cores.
 most, threads = (4, torch.get_num_threads()) if device == cpu else (devices, 1)
 script = functions + "\n\n" + inspect.getsource(time_training)
 script += f"\n\ntime_training({num_models}, {num_steps}, {threads})"
@@ -269,8 +275,7 @@ for (n, each), times in seconds.items():
     print(f"{n:9} x {each:<7}: {median[n, each] * 1e3:.0f} ms ({spread}), {speed}")
 best = "{} x {}".format(*min(median, key=median.get))
 backend = dist.get_default_backend_for_device(device)
-print(f"Fastest here: {best}, on {where}, backend {backend}")
-print("several GPUs were", "used" if devices > 1 else "not at hand, so not tried")
+print(f"Fastest here: {best}, on {where}, by {backend}")
 
 # %%
 
@@ -295,16 +300,16 @@ ax.set_ylabel("speed [1 process, 1 thread]; band: all turns")
 ax.legend()
 fig.set_label(
     "Speed of training all members, in times that of one process, against the number "
-    "of processes that share them, a dashed diagonal, and on a CPU a mark for one "
-    f"process with all threads. Fastest, processes x threads: {best}."
+    "of processes, a dashed diagonal, and on a CPU a mark for one process with all "
+    f"threads. Fastest, processes x threads: {best}."
 )
 
 # %%
-# **As many processes as devices, and no more.** Where each process has a core of its
-# own and the measured line still leaves the dashed one, other programs use the cores,
-# the memory is the limit, or the members are too few and small. Beyond the number of
-# cores, processes take turns and win little or nothing. If one process with all threads
-# is nearly as fast as your best, start only one. On one GPU, there is one mark.
+# **As many processes as devices, and no more.** Where the measured line leaves the
+# dashed one although cores are free, members are too few and small, or the memory is
+# the limit. Beyond the number of cores, processes take turns and win little or nothing.
+# If one process with all threads is nearly as fast, start only one. On one GPU, there
+# is one mark.
 #
 # The mistake: one DistributedDataParallel for all members
 # --------------------------------------------------------
@@ -361,6 +366,3 @@ for way, weights in {"unwrapped": alone, "wrapped": wrapped}.items():
 #
 # - S. Li et al.: PyTorch Distributed, experiences on accelerating data parallel
 #   training, 2020, `arXiv:2006.15704 <https://arxiv.org/abs/2006.15704>`_.
-# - B. Lakshminarayanan, A. Pritzel, C. Blundell: Simple and scalable predictive
-#   uncertainty estimation using deep ensembles, 2017,
-#   `arXiv:1612.01474 <https://arxiv.org/abs/1612.01474>`_.
