@@ -121,7 +121,8 @@ def train_step(params, optimizer, x, y):
 
 def rounds_of(num_models, rank, devices, at_once):
     """Numbers of the members that a device trains: a tensor for each round."""
-    return torch.arange(num_models).tensor_split(devices)[rank].split(at_once)
+    share = -(-num_models // devices)  # rounded up
+    return torch.arange(num_models)[rank * share : (rank + 1) * share].split(at_once)
 
 
 params, x, y = begin(7, torch.float64)
@@ -285,9 +286,9 @@ print(f"so {faster} faster here")
 
 # %%
 # **The last column is the margin to plan with.** Above 1, devices share something (two
-# cores: caches and memory) or were not free. (A single GPU has one row.) If one call is
-# slower than rounds, it leaves the caches, or takes fresh memory in each step: **never
-# project to larger calls**. If it is faster, the device was not full: raise ``large``.
+# cores: caches and memory) or were not free. If one call is slower than rounds, it
+# leaves the caches, or takes fresh memory in each step: **never project to larger
+# calls**. If it is faster, the device was not full: raise ``large``.
 #
 # The fixed time is where more devices end
 # ----------------------------------------

@@ -136,7 +136,7 @@ print(f"losses of 20 steps, written out and torch.optim: {off:.0e} apart in floa
 # ``torch.optim.Adam`` calls several operators, and each reads and writes all tensors.
 # Fused, one operator reads and writes them once. Compiled as a whole, a gradient need
 # not be written before Adam reads it. So with many members, where memory is the limit,
-# each rung should be faster. The written-out form without the compiler should be slow:
+# each form should be faster. The written-out form without the compiler should be slow:
 # it makes a fresh tensor of every intermediate.
 #
 # First the first call, when nothing is compiled yet (an earlier run of this script
@@ -168,10 +168,10 @@ assert off < 1e-3, f"the compiled step is another one: losses {off:.0e} apart"
 print(f"losses after five steps: {off:.0e} apart")
 
 # %%
-# One change a rung
-# -----------------
+# Which form is fastest here?
+# ---------------------------
 #
-# Median and interquartile range of five turns after a warm-up; the rungs take turns.
+# Median and interquartile range of five turns after a warm-up; the forms take turns.
 # Each is a whole step: losses, gradients, Adam.
 
 
