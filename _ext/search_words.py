@@ -10,6 +10,7 @@ from sphinx import addnodes
 from _ext import gallery
 
 PHRASES = {
+    "basics/plot_ensembling": ["stack_module_state", "ensemble vmap", "ensembling"],
     "basics/plot_recipes": ["how to", "cheat sheet", "examples of vmap ensembles"],
     "basics/plot_what_vmap_refuses": [
         *["vmap error", "runtimeerror vmap", "randomness error", "vmap limitations"],

@@ -1,5 +1,8 @@
 """What plot_what_vmap_refuses.py says in a clause."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -53,11 +56,6 @@ def test_an_assert_is_an_if():
 
     with pytest.raises(RuntimeError, match=BRANCH):
         vmap(asserts)(XS)
-
-
-def test_chunk_size_1_refuses_the_same():
-    with pytest.raises(RuntimeError, match=BRANCH):
-        vmap(lambda x: x if x.sum() > 0 else -x, chunk_size=1)(XS)
 
 
 def test_the_side_that_is_not_taken_spoils_the_gradient_until_it_is_finite():
@@ -181,16 +179,6 @@ def test_what_all_share_gets_none_in_in_dims():
     torch.testing.assert_close(vmap(call, in_dims=(0, None))(XS, layer), expected)
 
 
-def test_adding_to_what_was_made_without_the_input_says_broadcast():
-    def total(x):
-        result = torch.zeros(8).double()
-        result += x.sum(1)
-        return result
-
-    with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
-        vmap(total)(XS)
-
-
 @pytest.mark.parametrize(
     "accepted",
     [
@@ -264,42 +252,114 @@ def test_checkpoints_stand_around_vmap():
         vmap(grad(lambda x: checkpoint(f, x, use_reentrant=False)))(XS)
     with pytest.raises(RuntimeError, match="override the setup_context"):
         vmap(lambda x: checkpoint(f, x, use_reentrant=True))(x)
+    # around vmap, and outside of torch.func.grad, too
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        grad(lambda x: checkpoint(vmap(f), x, use_reentrant=False).sum())(XS)
     x.grad = None
     checkpoint(vmap(f), x, use_reentrant=False).sum().backward()
     torch.testing.assert_close(x.grad, vmap(grad(f))(XS))
 
 
+PAGE = Path(__file__).parents[2] / "tutorials/basics/plot_what_vmap_refuses.py"
 STACK, _ = stack_module_state([nn.Linear(6, 2).double() for _ in XS])
 LAYER = nn.Linear(6, 2, device="meta")
+CONVS, _ = stack_module_state([nn.Conv2d(1, 2, 3) for _ in XS])
+CONV = nn.Conv2d(1, 2, 3, device="meta")
+IMAGES = torch.zeros(4, 5, 1, 8, 8)
 
 
 def call(params, x):
     return functional_call(LAYER, params, (x,))
 
 
+def conv_call(params, x):
+    return functional_call(CONV, params, (x,))
+
+
+def copies(x):
+    return torch.zeros(8, 6).double().copy_(x)
+
+
+def adds(x):
+    total = torch.zeros(8).double()
+    total += x.sum(1)
+    return total
+
+
+def keeps():
+    kept = []
+    vmap(lambda x: (kept.append(x), x)[1])(XS)
+    return kept[0] + 1
+
+
+def stacks(one, other):
+    return lambda: stack_module_state([one, other])
+
+
+def calls(function, **options):
+    return lambda: vmap(function, **options)(XS)
+
+
+# The messages that the page lists, and what provokes each
+MESSAGES = {
+    "Got in_dim=0 for an input": lambda: vmap(torch.add)(XS, 0.1),
+    "Got in_dim=0 for some input": lambda: vmap(torch.add)(torch.tensor(1.0), XS),
+    "same size in the mapped dimension": lambda: vmap(torch.add)(XS, XS[0]),
+    "in_dims is not compatible with the structure": lambda: vmap(call, (0,))(STACK, XS),
+    "data-dependent control flow": calls(lambda x: x if x.sum() > 0 else -x),
+    "calling .item() on a Tensor": calls(lambda x: x / x.max().item()),
+    "Cannot access data pointer of Tensor": calls(lambda x: x.numpy()),
+    "can support dynamic shape": calls(lambda x: x[x > 0]),
+    "can output dynamic shape": calls(torch.nonzero),
+    "inplace arithmetic": calls(copies),
+    "doesn't match the broadcast shape": calls(adds),
+    "randomness error mode": calls(nn.Dropout()),
+    "Batch norm got a batched tensor": calls(nn.BatchNorm1d(6).double()),
+    "Batching rule not implemented": calls(nn.LSTM(6, 5).double()),
+    "attempting to call Tensor.requires_grad_()": calls(lambda x: x.requires_grad_()),
+    "backward() called inside": calls(lambda x: x.sum().backward()),
+    "override the setup_context staticmethod": calls(torch.autograd.Function.apply),
+    "does not have vmap support": calls(NoRule.apply),
+    "don't yet support saved tensor hooks": lambda: grad(
+        lambda x: checkpoint(torch.sum, x, use_reentrant=False)
+    )(XS),
+    "your tensor may have escaped": keeps,
+    "must only return Tensors": calls(lambda x: (x.sum(), "loss")),
+    "There is a performance drop": lambda: vmap(torch.bincount)(torch.ones(4, 8).int()),
+    "stack expects each tensor to be equal size": stacks(
+        nn.Linear(6, 2), nn.Linear(6, 3)
+    ),
+    "Expected all models to be of the same class": stacks(nn.Linear(6, 2), nn.ReLU()),
+    "the same training/eval mode": stacks(nn.ReLU(), nn.ReLU().eval()),
+    "t() expects a tensor with <= 2 dimensions": lambda: call(STACK, XS[0]),
+    "expected stride to be a single integer": lambda: conv_call(CONVS, IMAGES[0]),
+}
+
+
+@pytest.mark.parametrize(("words", "mistake"), MESSAGES.items())
+def test_the_listed_mistakes_have_the_listed_messages(words, mistake):
+    refusals = (RuntimeError, ValueError, UserWarning)
+    with pytest.raises(refusals, match=re.escape(words)):
+        mistake()
+
+
+def test_every_message_that_the_page_lists_is_provoked_here():
+    text = re.sub(r"\n#\s*", " ", PAGE.read_text(encoding="utf-8"))
+    text = text.split("About the inputs:")[1].split("Cases that need more")[0]
+    listed = [item.split("``: ")[0] + "``" for item in text.split(" - ")[1:]]
+    words = [word for item in listed for word in re.findall("``(.+?)``", item)]
+    assert words == list(MESSAGES)
+
+
 @pytest.mark.parametrize(
     ("words", "mistake"),
-    {
-        "Got in_dim=0 for some input": lambda: vmap(torch.add)(torch.tensor(1.0), XS),
-        "same size in the mapped dimension": lambda: vmap(torch.add)(XS, XS[0]),
-        "in_dims is not compatible with the structure": lambda: vmap(call, (0,))(
-            STACK, XS
-        ),
-        "stack expects each tensor to be equal size": lambda: stack_module_state(
-            [nn.Linear(6, 2), nn.Linear(6, 3)]
-        ),
-        "Expected all models to be of the same class": lambda: stack_module_state(
-            [nn.Linear(6, 2), nn.ReLU()]
-        ),
-        "the same training/eval mode": lambda: stack_module_state(
-            [nn.Linear(6, 2), nn.Linear(6, 2).eval()]
-        ),
-        r"t\(\) expects a tensor with <= 2 dimensions": lambda: call(STACK, XS[0]),
-        r"t\(\) expects a tensor": lambda: vmap(call, in_dims=(None, 0))(STACK, XS),
-    }.items(),
+    [
+        (r"t\(\) expects", lambda: vmap(call, in_dims=(None, 0))(STACK, XS)),
+        ("expected stride", lambda: vmap(conv_call, (None, 0))(CONVS, IMAGES)),
+    ],
 )
-def test_messages_about_inputs_and_models(words, mistake):
-    with pytest.raises((RuntimeError, ValueError), match=words):
+def test_stacked_parameters_with_none_in_in_dims_say_the_same(words, mistake):
+    with pytest.raises(RuntimeError, match=words):
         mistake()
 
 

@@ -62,28 +62,32 @@ def check(one_call, loop):
 #
 # About the inputs:
 #
-# - ``Got in_dim=0 for an input``, ``for some input``, ``same size in the mapped
-#   dimension``: what members share has no row for each. Say ``None`` in ``in_dims``.
+# - ``Got in_dim=0 for an input``, ``Got in_dim=0 for some input``, ``same size in the
+#   mapped dimension``: what members share has no row for each. Say ``None`` in
+#   ``in_dims``.
 # - ``in_dims is not compatible with the structure``: say ``in_dims`` for each argument,
 #   as ``(0, None)``, and in a dictionary for each key, or one number for all of it.
 #
 # About the function:
 #
-# - ``data-dependent control flow``: an ``if`` goes one way, members differ.
+# - ``data-dependent control flow``: an ``if`` goes one way, members differ. Write
 #   ``torch.where(test, a, b)``.
 # - ``calling .item() on a Tensor``: a float is one number. Go on with the tensor.
 # - ``Cannot access data pointer of Tensor``: NumPy knows no members. Call it later.
-# - ``dynamic shape``: members would differ in shape. ``torch.where(mask, x, fill)``.
-# - ``inplace arithmetic is not possible``, ``doesn't match the broadcast shape``: there
-#   is room for one result only. ``x.new_zeros(...)``.
-# - ``randomness error mode``: one mask, or one each? ``randomness="different"``.
+# - ``can support dynamic shape``, ``can output dynamic shape``: a mask, or an operator
+#   such as ``aten::nonzero``. Write ``torch.where(mask, x, fill)``.
+# - ``inplace arithmetic``, ``doesn't match the broadcast shape``: there is room for one
+#   result only. Write ``x.new_zeros(...)``.
+# - ``randomness error mode``: one mask, or one each? Say ``randomness="different"``.
 # - ``Batch norm got a batched tensor``: room for one. Stack buffers, or ``eval()``.
 # - ``Batching rule not implemented``: an LSTM, a GRU, ``out=``. Write the cell out.
 # - ``attempting to call Tensor.requires_grad_()``, ``backward() called inside``:
-#   gradients are functions here. ``vmap(grad(loss))``.
+#   gradients are functions here. Write ``vmap(grad(loss))``.
 # - ``override the setup_context staticmethod``, ``does not have vmap support``: an
 #   ``autograd.Function`` of the old form, or ``checkpoint``.
-# - ``must only return Tensors``: a ``str`` cannot be stacked. ``out_dims=(0, None)``.
+# - ``don't yet support saved tensor hooks``: ``checkpoint``. Put it around ``vmap``.
+# - ``your tensor may have escaped``: kept in a list (return it), or ``checkpoint``.
+# - ``must only return Tensors``: a ``str`` is no tensor. Say ``out_dims=(0, None)``.
 # - ``There is a performance drop``: not refused, but slow.
 #
 # About the models:
@@ -91,8 +95,9 @@ def check(one_call, loop):
 # - ``stack expects each tensor to be equal size``, ``Expected all models to be of the
 #   same class``: one call for each architecture (``plot_recipes.py``).
 # - ``the same training/eval mode``: call ``eval()``, or ``train()``, on all of them.
-# - ``t() expects a tensor with <= 2 dimensions``: a model got the stacked parameters
-#   outside of ``vmap``, or with ``None`` in ``in_dims``.
+# - ``t() expects a tensor with <= 2 dimensions``, ``expected stride to be a single
+#   integer``: a model got the stacked parameters outside of ``vmap``, or with ``None``
+#   in ``in_dims``.
 #
 # Cases that need more follow, each under its words. "accepted here" means that your
 # PyTorch is newer.
@@ -209,8 +214,8 @@ check(vmap(mean_of_positive_where)(xs), [mean_of_positive(x) for x in xs])
 # ``inplace arithmetic is not possible``
 # --------------------------------------
 #
-# Or, for ``total += x``, "output with shape [8] doesn't match the broadcast shape": the
-# tensor was made without ``x``, so there is only one, and four members write into it.
+# The tensor was made without ``x``, so there is only one, and four members write into
+# it.
 
 
 def row_sums(x):  # refused
@@ -289,7 +294,7 @@ check(buffers["running_mean"], [norm.running_mean for norm in norms])
 # ``Batching rule not implemented``
 # ---------------------------------
 #
-# From an LSTM, a GRU, or ``out=``. Write an LSTM out: here one layer and one sequence;
+# Leave ``out=`` out. Write an LSTM out: here one layer and one sequence;
 # ``plot_what_vmap_runs.py`` has layers, minibatches and the GRU.
 
 lstms = [nn.LSTM(6, 5, **float64) for _ in xs]
@@ -316,17 +321,10 @@ print(says(module_call, params, xs))
 check(vmap(lstm)(params, xs), [m(x)[0] for m, x in zip(lstms, xs, strict=True)])
 
 # %%
-# Leave ``out=`` out:
-
-loop = [torch.sin(x, out=torch.empty_like(x)) for x in xs]  # refused
-check(vmap(torch.sin)(xs), loop)  # what to write
-
-# %%
 # ``attempting to call Tensor.requires_grad_()``
 # ----------------------------------------------
 #
-# Or "backward() called inside a functorch transform". Gradients inside of ``vmap`` are
-# functions:
+# Gradients inside of ``vmap`` are functions:
 
 ws = torch.randn(num_models, 6, **float64)
 
@@ -387,14 +385,14 @@ check(vmap(grad(lambda x: (Sign.apply(x) * x).sum()))(xs), loop)
 # %%
 # Without ``generate_vmap_rule`` the message is "it does not have vmap support".
 #
-# ``checkpoint`` inside of ``vmap`` says one of both, or "your tensor may have escaped"
-# or "don't yet support saved tensor hooks". Put it around ``vmap``:
-# ``checkpoint(vmap(f), xs, use_reentrant=False)``.
+# ``checkpoint`` inside of ``vmap`` says one of both, or (``use_reentrant=False``, new
+# PyTorch) refuses no call, but its gradient. Put it around ``vmap``, with
+# ``backward()`` outside: ``checkpoint(vmap(f), xs, use_reentrant=False)``.
 #
 # ``must only return Tensors``
 # ----------------------------
 #
-# Stacking needs tensors. For what is one for all, say ``None`` in ``out_dims``:
+# For what is one for all, say ``None`` in ``out_dims``:
 
 
 def named(x):  # refused without out_dims=
