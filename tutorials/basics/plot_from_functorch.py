@@ -5,11 +5,11 @@ From functorch or JAX to torch.func
 Move code for ensembles from functorch, or from JAX, to ``torch.func``: line by line,
 with the same numbers, and with a list of what changes without an error.
 
-**In short.** ``vmap``, ``grad`` and the other transforms keep their arguments, while
-``functional_call`` replaces ``make_functional_with_buffers``, ``stack_module_state``
-replaces ``combine_state_for_ensemble``, and dictionaries replace tuples. Three changes
-raise no error: which tensors require gradients, which are copies, and whose train or
-eval mode counts.
+**In short.** ``stack_module_state`` replaces ``combine_state_for_ensemble``,
+``functional_call`` replaces ``make_functional_with_buffers``, and the transforms keep
+their arguments. No error tells you that the mode (train or eval) is now that of the
+skeleton, and that other tensors require gradients or are copies. From JAX? See *From
+JAX, Flax and Equinox*: names, then random numbers, state and compilation.
 
 Before you start, read ``plot_ensembling.py``: it explains the new functions.
 """
@@ -55,9 +55,8 @@ print(f"{device.type.upper()}, torch {torch.__version__}, float64")
 # Move an ensemble, line by line
 # ------------------------------
 #
-# The lines to copy stand below the old ones, which called
-# ``combine_state_for_ensemble``. The new ``fmodel`` takes the arguments of the old one,
-# so code that calls it can stay.
+# Each old line is a comment; the lines to copy stand below it. The new ``fmodel`` takes
+# the arguments of the old one, so code that calls it can stay.
 
 # old: fmodel, params, buffers = combine_state_for_ensemble(models)
 params, buffers = stack_module_state(models)  # "fc1.weight": [4, 16, 6], ...
@@ -104,7 +103,8 @@ def old_ensemble(models, x):
 
 
 old_logits, messages = run_old(old_ensemble, models, x)
-print(textwrap.fill("\n".join(messages[:1]), 88))
+for message in messages:  # the second sentence says what is new
+    print(textwrap.fill(message.split(". ")[1], 88))
 
 # %%
 # Old and new against the loop over the models. Keep this check while you move code:
@@ -121,12 +121,14 @@ for way, found in {"torch.func": logits, "functorch": old_logits}.items():
 # --------------------------------
 #
 # For one model there is nothing to stack: ``functional_call`` runs the model itself,
-# with the tensors that you pass. (``make_functional`` is the same without buffers.)
+# with the tensors that you pass. (``make_functional`` is the same without buffers. If
+# your code calls ``backward()``, it did not say ``True``, which is
+# ``disable_autograd_tracking``: then append ``.requires_grad_()`` to ``clone()``.)
 
 model = models[0]
 y = torch.arange(32, device=device) % 3  # a class for each row
 
-# old: fmodel, params, buffers = make_functional_with_buffers(model)
+# old: fmodel, params, buffers = make_functional_with_buffers(model, True)
 params = {name: p.detach().clone() for name, p in model.named_parameters()}
 buffers = {name: b.clone() for name, b in model.named_buffers()}
 
@@ -173,8 +175,8 @@ for way, found in ways.items():
 # What changes without an error
 # -----------------------------
 #
-# The numbers are equal; what the functions do with your tensors is not. One change can
-# make predictions wrong: here the models are in eval mode and the skeleton is not.
+# Two changes can make predictions wrong: the mode of the skeleton, and a tensor that
+# the stack lacks. Here the models are in eval mode and the skeleton is not.
 
 skeleton.train()  # as it is built
 wrong = vmap(fmodel)(*stack_module_state(models), x)
@@ -185,30 +187,28 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 # - **Mode.** The old function kept the mode that the model had when it was made;
 #   ``functional_call`` uses the mode at the call. **A skeleton built on** ``meta``
 #   **starts in train mode**, even if your models are in eval mode.
+# - **A tensor that the stack lacks.** The old ``fmodel`` failed. ``functional_call``
+#   uses the one of the skeleton, which on ``meta`` has no values: the result may be
+#   whatever stands in memory. **With** ``strict=True`` **it fails.** So it happens to
+#   tied weights if you copy a model to ``meta``, as PyTorch's guide does: the copy
+#   loses the tie. A skeleton built there keeps it (``plot_state.py``).
 # - **Gradients.** ``combine_state_for_ensemble`` detached the stack, and training
 #   began with ``requires_grad_()``. ``stack_module_state`` keeps what the models have,
 #   so a prediction without ``torch.no_grad()`` now records a graph, which costs memory.
-#   In place of ``disable_autograd_tracking=True``, call ``detach()`` as above.
 # - **Copies.** ``make_functional`` copied the model; ``named_parameters()``, which
 #   PyTorch's guide uses, does not. An update in place reaches the model, and in train
 #   mode so do running statistics. Hence ``clone()`` above. (A stack is still a copy.)
 #
-# And three that you may never meet (all six are tested):
-#
-# - **A tensor left out.** The old ``fmodel`` failed. Without ``strict=True``,
-#   ``functional_call`` uses the one that the module has.
-# - **Tied weights.** Both sides keep the tie, but a copy moved to ``meta``, as in
-#   PyTorch's guide, loses it; a skeleton built there does not (``plot_state.py``).
 # - **An argument that is a tuple.** ``functional_call(model, params, pair)`` takes it
 #   for two arguments. Write ``(pair,)``.
+#
+# All of these are tested.
 #
 # An old checkpoint with a tuple of parameters gets its names from
 # ``dict(zip(params, old_params, strict=True))``, if the class is unchanged.
 #
 # From JAX, Flax and Equinox
 # --------------------------
-#
-# What has which name:
 #
 # .. code-block:: none
 #
@@ -224,7 +224,7 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 #
 #     Flax, Equinox
 #     module.apply(variables, x)           functional_call(skeleton, state, (x,))
-#     variables["params"], ["batch_stats"] state = (params, buffers)
+#     variables: params, batch_stats       state = (params, buffers)
 #     nnx.split(model)                     skeleton, (params, buffers)
 #     eqx.partition(model, eqx.is_array)   (params, buffers), skeleton
 #     eqx.filter_vmap(make)(keys)          stack_module_state([Net(), Net(), ...])
@@ -285,8 +285,9 @@ changed = [name for name, b in buffers.items() if not torch.equal(b, before[name
 print("changed by the call:", *changed)
 
 # %%
-# **To try a step and take it back, pass clones.** The opposite happens as well: what a
-# module *assigns* (``self.mean = new``) is lost after the call, so write ``copy_``.
+# **To try a step and take it back, pass clones.** (Flax NNX updates in place as PyTorch
+# does; Linen and Equinox return the new state.) The opposite happens as well: what a
+# module *assigns* (``self.mean = new``) is lost after ``vmap``, so write ``copy_``.
 #
 # From JAX: what cannot be compiled is left out
 # ---------------------------------------------
@@ -319,9 +320,10 @@ with torch.no_grad():
 print("without it:", len(pieces), "pieces and no message")
 
 # %%
-# **With** ``fullgraph=True`` **it refuses, as JAX does.** Without it, you only notice
-# that the call is slow. And a tensor that the function takes from outside is read at
-# every call (tested), where ``jax.jit`` keeps the first one as a constant.
+# **With** ``fullgraph=True`` **it refuses, as JAX does.** Without it, run the script
+# with ``TORCH_LOGS=graph_breaks`` to see where it cuts, and why. And a tensor that the
+# function takes from outside is read at every call (tested), where ``jax.jit`` keeps
+# the first one as a constant.
 #
 # The mistake: a dictionary where the tuple was
 # ---------------------------------------------

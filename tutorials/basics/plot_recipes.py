@@ -7,7 +7,8 @@ give each its own data or learning rate, freeze, clip, save, load, split, compil
 
 **In short.** One set-up stacks ten models and defines ``predict`` and ``member_loss``,
 which run one of them. Every recipe needs this set-up and nothing else: put your own
-model and data there, then copy the lines under a heading, in any order.
+model and data there, then copy the lines under a heading, in any order. Recipes that
+name a layer (``body.``, ``head.bias``) need your name for it.
 
 To know why, read ``plot_ensembling.py``, and the page that a recipe names.
 """
@@ -32,8 +33,9 @@ device = torch.accelerator.current_accelerator(check_available=True) or cpu
 print(f"{device.type.upper()}, torch {torch.__version__}, float32, IEEE")
 
 # %%
-# A *member* is one model: row ``i`` of every stacked tensor. Recipes run in eval mode.
-# **Where you train, add mode and randomness as under "Train all members".**
+# A *member* is one model: row ``i`` of every stacked tensor. Recipes run in eval mode,
+# so that they can be checked. **To train, switch the mode and the randomness, as under
+# "Train all members".**
 
 
 class Net(nn.Module):  # put yours here
@@ -121,7 +123,9 @@ print(f"{counted.sum()} members trained, their batch norm too")
 # ``"different"`` draws for each member, ``"same"`` once for all. Here the dropout alone
 # is in train mode; batch norm stays in eval mode. (``plot_state.py``)
 
-skeleton.body[3].train()
+for module in skeleton.modules():
+    if isinstance(module, nn.Dropout):
+        module.train()
 logits = vmap(predict, randomness="different")(params, buffers, minibatches)
 skeleton.eval()
 
@@ -133,8 +137,8 @@ print(f"{len(masks.unique(dim=0))} masks for {num_models} members")
 # A learning rate for each member
 # -------------------------------
 #
-# Step with ``lr=1``, then scale each member's change. Right for SGD and Adam, and for
-# AdamW with ``weight_decay=0``. (``plot_hyperparameter_sweep.py``, with decay)
+# Step with ``lr=1``, then scale each member's change. Right for SGD, Adam and AdamW.
+# (``plot_hyperparameter_sweep.py`` gives each member a weight decay, too.)
 
 rates = torch.logspace(-4, -1, num_models, device=device)
 optimizer = torch.optim.SGD(params.values(), lr=1)
@@ -155,8 +159,9 @@ print(f"{num_models} members moved, each by its own rate")
 # Clip the gradient of each model
 # -------------------------------
 #
-# Between ``backward`` and ``step``. ``nn.utils.clip_grad_norm_`` would take one norm
-# over all members. (``plot_training.py``)
+# Between ``backward`` and ``step``, for the tensors that you train.
+# ``nn.utils.clip_grad_norm_`` would take one norm over all members.
+# (``plot_training.py``)
 
 
 def clip_each(tensors, max_norm):
@@ -187,10 +192,11 @@ for name, p in params.items():
     p.requires_grad_(not name.startswith("body."))
 trained = [p for p in params.values() if p.requires_grad]
 optimizer = torch.optim.SGD(trained, lr=0.01)
+before = {name: p.detach().clone() for name, p in params.items()}
 optimizer.zero_grad()
 vmap(member_loss)(params, buffers, minibatches, labels).sum().backward()
 optimizer.step()
-print("trained:", *[name for name, p in params.items() if p.requires_grad])
+print("moved:", *[k for k, p in params.items() if not torch.equal(p, before[k])])
 for p in params.values():
     p.requires_grad_()  # thaw
 
@@ -267,7 +273,8 @@ print("row 7 is checkpoint 7:", same)
 # ---------------------------------------
 #
 # ``stack_module_state`` copies, so the list of models and the stack exist side by side.
-# This holds one model beside the stack. (``plot_memory.py``)
+# These lines replace both of the set-up, and hold one model beside the stack.
+# (``plot_memory.py``)
 
 with torch.device("meta"):  # shapes without memory
     params, buffers = stack_module_state([Net()] * num_models)
@@ -285,8 +292,9 @@ print(f"stacked: {len(params['head.bias'].unique(dim=0))} different members")
 # Split a batch that does not fit
 # -------------------------------
 #
-# By members or by rows. Without ``no_grad``, autograd keeps the intermediate results of
-# all parts, and splitting saves little. (``plot_memory.py``, with training)
+# By members, or in eval mode by rows. Without ``no_grad``, autograd keeps the
+# intermediate results of all parts, and splitting saves little. (``plot_memory.py``
+# splits a training step, too.)
 
 with torch.no_grad():
     by_member = vmap(predict, chunk_size=2)(params, buffers, minibatches)
@@ -318,9 +326,9 @@ with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # torch's own
 # Half precision and autocast
 # ---------------------------
 #
-# Convert once to store half as much; ``autocast`` keeps float32 weights, for training.
-# Under it a member alone may return bfloat16 where one call returns float32
-# (pytorch#192617): say ``.float()``. (``plot_how_equal.py``)
+# Convert once to store half as much. To train, keep float32 weights and compute under
+# ``autocast``: there a member alone may return bfloat16 where one call returns float32
+# (pytorch#192617); ``.float()`` makes both the same. (``plot_how_equal.py``)
 
 half = [
     {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
@@ -366,14 +374,15 @@ print(f"{len(kinds)} kinds: off the loop by {(logits - loop).abs().max():.0e}")
 
 devices = [device]  # or [torch.device("cuda", i) for i in range(number_of_gpus)]
 shares = torch.arange(num_models, device=device).tensor_split(len(devices))
-parts = []
+states, parts = (params, buffers), []
 for where, rows in zip(devices, shares, strict=True):
-    states = params, buffers
     own = [{name: t[rows].to(where) for name, t in s.items()} for s in states]
     with torch.no_grad():
         parts.append(vmap(predict)(*own, minibatches[rows].to(where)))
 logits = torch.cat([part.to(device) for part in parts])  # [10, 16, 5]
-print(f"{len(devices)} device(s): logits {list(logits.shape)}")
+
+far = (logits - vmap(predict)(params, buffers, minibatches)).abs().max()
+print(f"{len(devices)} device(s): off one call by {far:.0e}")
 
 # %%
 # The mistake: an optimizer that is older than the stack
