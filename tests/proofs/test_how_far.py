@@ -51,15 +51,26 @@ def test_a_plan_reproduces_both_measurements_and_has_no_negative_cost(page):
             assert steps[0] == pytest.approx(1.0)
 
 
-def test_memory_decides_between_one_call_chunks_and_rounds(page):
-    ways = {memory: plan_of(page, 10, 1, memory=memory) for memory in (15e3, 12e3, 3e3)}
-    assert [made["way"] for made in ways.values()] == [
-        "one call",
-        "rounds",
-        "rounds",
-    ]
-    assert [made["at_once"] for made in ways.values()] == [10, 8, 2]
-    assert plan_of(page, 20, 1, memory=25e3)["way"] == "rounds/chunks"
+@pytest.mark.parametrize(
+    ("num_models", "memory", "at_once", "calls", "chunk"),
+    [
+        (10, 15e3, 10, 1, 10),  # one call
+        (10, 12e3, 8, 2, 4),  # ten states and four times what a member works with
+        (10, 3e3, 2, 5, 0),  # ten states do not fit
+        (20, 25e3, 10, 2, 10),  # no more in a call than were measured
+    ],
+)
+def test_memory_decides_between_one_call_chunks_and_rounds(
+    page, num_models, memory, at_once, calls, chunk
+):
+    made = plan_of(page, num_models, 1, memory=memory)
+    assert (made["at_once"], made["calls"], made["chunk"]) == (at_once, calls, chunk)
+    assert num_models * 1000 + chunk * 500 <= memory or not chunk
+
+
+def test_a_member_that_does_not_fit_is_refused(page):
+    with pytest.raises(ValueError, match="not even one member fits"):
+        plan_of(page, 10, 1, memory=1499)
 
 
 @pytest.mark.parametrize("num_models", [50, 200])

@@ -3,7 +3,8 @@ Checkpoints for any number of processes
 =======================================
 
 Save an ensemble that trains in several processes, load it with another number of them,
-and let a training whose process was killed end as if nothing had happened.
+and let a training without dropout whose process was killed end as if nothing had
+happened.
 
 **In short.** Tell ``torch.distributed.checkpoint``, by ``DTensor.from_local``, which
 rows of the whole stack a process holds; then any number of processes finds its members
@@ -76,8 +77,8 @@ def declare(params, optimizer, num_models, device):
 
 # %%
 # A checkpoint is a folder that is named after its step. All processes call these
-# together, and the first one chooses the checkpoint, since a network file system may
-# show them different ones:
+# together. Process 0 chooses the checkpoint, since on a network file system processes
+# may not yet see the same folders:
 
 
 def save(params, optimizer, num_models, device, folder, step):
@@ -93,7 +94,7 @@ def load_latest(params, optimizer, num_models, device, folder):
     if last[0]:
         for p in params.values():
             p.grad = torch.zeros_like(p)
-        optimizer.step()  # makes the optimizer's tensors, which are filled next
+        optimizer.step()  # a new Adam has no tensors: this makes them, to be filled
         tensors = declare(params, optimizer, num_models, device)
         dcp.load(tensors, checkpoint_id=Path(folder, str(last[0])))
     return last[0]
@@ -125,9 +126,9 @@ def work(num_models, num_steps, folder):
 # %%
 # Each process writes its own rows, at the same time; ``.metadata`` comes last, when all
 # are there. So **a folder without** ``.metadata`` **is half written, and is never
-# loaded**. Older checkpoints you may delete. Another split than ``share``'s
-# (``tensor_split`` makes 3, 3, 2, 2 of 10) would be saved without an error, but another
-# number of processes could not load it: ``declare`` refuses it (tested).
+# loaded**. Older checkpoints you may delete. Split by ``share``: other splits, as the
+# 3, 3, 2, 2 of ``tensor_split``, would be saved without an error, and could not be
+# loaded by another number of processes, so ``declare`` refuses them (tested).
 #
 # Members and their training
 # --------------------------
@@ -265,8 +266,9 @@ print("complete checkpoints of steps", *complete)
 # Go on with another number of processes
 # --------------------------------------
 #
-# Start the same file again, here with half as many processes. A half-written checkpoint
-# of step 30 lies in its way.
+# Start the same file again, here with half as many processes. First the page puts a
+# copy of step 20 without ``.metadata`` there as step 30, as a death while writing would
+# leave it (a real one is tested).
 
 half = shutil.ignore_patterns(".metadata")
 shutil.copytree(folder / "20", folder / "30", ignore=half, dirs_exist_ok=True)
@@ -343,9 +345,9 @@ fig.set_label(
 # Let torchrun restart it?
 # ------------------------
 #
-# With ``--max-restarts`` it does, with as many processes as before. In torch 2.13 that
-# may fail or hang, because new processes look for dead ones (pytorch#135712). Start the
-# job again, as this page does, or set a variable first (tested):
+# With ``--max-restarts`` it does, but in torch 2.13 that may fail or hang, because new
+# processes connect through the store of the dead ones (pytorch#135712). Start the job
+# again, as this page does, or set a variable first (tested):
 #
 # .. code-block:: none
 #
@@ -355,19 +357,20 @@ fig.set_label(
 # The mistake: plain tensors under one name
 # -----------------------------------------
 #
-# Each process does what it would do alone: it saves its rows as ``"0.weight"``, loads
-# them again, and has them. How many members are there?
+# Each of two processes does what it would do alone: it saves its rows as
+# ``"0.weight"`` and so on, and loads them again. Whose rows does it get?
 
 
 def save_plain(num_models):
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     params, _ = begin(share(num_models, rank, world), "cpu")
-    rows = {"0.weight": params["0.weight"].detach()}
+    rows = {name: p.detach().clone() for name, p in params.items()}
     dcp.save(rows, checkpoint_id="plain")
-    rows = {"0.weight": torch.zeros_like(rows["0.weight"])}
+    for t in rows.values():
+        t.zero_()
     dcp.load(rows, checkpoint_id="plain")
-    torch.save(rows["0.weight"], f"{rank}.pt")
+    torch.save(rows, f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -375,15 +378,18 @@ def save_plain(num_models):
 script = f"{functions}\n{inspect.getsource(save_plain)}\nsave_plain({num_models})"
 with tempfile.TemporaryDirectory() as folder:
     launch(2, script, folder, "1.pt")
-    loaded = torch.cat([torch.load(f"{folder}/{rank}.pt") for rank in range(2)])
-distinct = len(loaded.unique(dim=0))
-print(f"{num_models} members saved, {len(loaded)} loaded, {distinct} distinct")
+    loaded = [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+for name, p in begin(range(num_models), "cpu")[0].items():
+    distinct = len(torch.cat([rows[name] for rows in loaded]).unique(dim=0))
+    of = [torch.equal(loaded[0][name], part) for part in p.chunk(2)].index(True)
+    print(f"{name:8}: {num_models} members saved, {distinct} loaded, of process {of}")
 
 # %%
-# There is no error. A plain tensor counts as the *same* in all processes: the rows of
-# process 0 were saved, and all got those. Another number of processes gets a ``Size
+# There is no error. A plain tensor counts as the *same* in all processes, so one of
+# them saves it, and all get that. **If not all names come from one process, the weights
+# of one member meet the biases of another.** Another number of processes gets a ``Size
 # mismatch``. Declare the rows, or name those of each member (``"member3.0.weight"``):
-# many small entries, but no ``DTensor``, and any split (tested).
+# many small entries, but no ``DTensor``, and any split loads them (tested).
 #
 # Remember
 # --------

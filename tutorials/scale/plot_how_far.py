@@ -6,8 +6,8 @@ Compute from two measured training steps how many members of an ensemble fit on 
 device, how long they train on 1 to 1,000 devices, and what becomes the bottleneck.
 
 **In short.** A step takes a fixed time, plus a time for each member: measure it with
-one member and with many, and you know both. More devices divide only the second part,
-while a checkpoint takes as long as before, and handing out data takes longer.
+one member and with many, and you know both. More devices divide only the second part;
+with one shared disk, a checkpoint takes as long as before, and handing out data longer.
 
 Before you start, read ``plot_many_devices.py``: it splits members over processes.
 """
@@ -47,32 +47,38 @@ print(f"a device here is {where}; torch {torch.__version__}")
 
 
 def plan(num_models, devices, num_steps, sizes, seconds, state, working, memory):
-    """Members of a device, how many in a call, in which way, and the time."""
+    """Members of a device, calls of a step, members of a call, and the time."""
+    if state + working > memory:
+        raise ValueError("not even one member fits into the memory of a device")
     slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
     per_member = min(max(slope, 0), seconds[1] / sizes[1])  # no cost is negative
     fixed = seconds[1] - sizes[1] * per_member
     share = -(-num_models // devices)  # rounded up
     at_once = min(share, int(memory // (state + working)), sizes[1])
     calls = -(-share // at_once)
-    fits = share * state + at_once * working <= memory
-    way = "one call" if calls == 1 else "rounds/chunks" if fits else "rounds"
+    room = int((memory - share * state) // working)  # if all stay in memory
+    chunk = max(0, min(at_once, room))
     step = calls * fixed + share * per_member
-    hours = round(num_steps * step / 3600, 1)
-    return dict(share=share, at_once=at_once, way=way, step=step, hours=hours)
+    found = dict(share=share, at_once=at_once, calls=calls, chunk=chunk, step=step)
+    return found | {"hours": num_steps * step / 3600}
 
 
 # Invented numbers, to show what goes in and what comes out:
 sizes, seconds, counted = (1, 1000), (0.001, 0.05), (40_000, 20_000, 16e9)
 for devices in 1, 8, 1000:
-    print(plan(1_000_000, devices, 10_000, sizes, seconds, *counted))
+    made = plan(1_000_000, devices, 10_000, sizes, seconds, *counted)
+    print(f"{devices} devices:", *(f"{name} {value:g}" for name, value in made.items()))
 
 # %%
-# A share that does not fit, or is larger than what you measured, is split:
+# A share that does not fit, or is larger than what you measured, needs several calls:
 #
 # - **Rounds**: train ``at_once`` members to their end, then the next. Members are
 #   independent, so this always works, and needs the memory of one round.
 # - **Chunks** of each step (``plot_memory.py``), only for members that must step
-#   together. All stay in memory; if the plan says no chunks, take more devices.
+#   together: at most ``chunk`` in a call, since the states of all stay in memory. With
+#   a ``chunk`` of 0 they do not fit.
+# - **Shards**: more devices (``plot_many_devices.py``), where rounds take too long, or
+#   the chunk is 0.
 #
 # A member and its training step
 # ------------------------------
@@ -186,9 +192,9 @@ print(f"projected: {memory // (state + working):,.0f} fit into {memory / 1e9:.0f
 # How long a step takes, with one member and with many
 # ----------------------------------------------------
 #
-# The plan gets the first two. The third tests whether ``large`` is a good choice: the
-# size at which a member is cheapest. Medians (and interquartile ranges) of five turns
-# after a warm-up, float32.
+# The plan gets the times of one member and of ``large``. The other two test it: is the
+# line between both straight, and is ``large`` large enough? Medians (and interquartile
+# ranges) of five turns after a warm-up, float32.
 
 
 def in_turns(*functions):
@@ -205,8 +211,9 @@ def prepare(num_models):
     return lambda: train_step(params, optimizer, x, y)
 
 
-one, many, four = in_turns(prepare(1), prepare(large), prepare(4 * large))
-for size, time in {1: one, large: many, 4 * large: four}.items():
+counts = [1, large // 10, large, 4 * large]
+one, tenth, many, four = times = in_turns(*map(prepare, counts))
+for size, time in zip(counts, times, strict=True):
     ms = f"{time.median * 1e3:.2f} ms a step ({time.iqr * 1e3:.2f})"
     each = f"{time.median / size * 1e6:.1f} us a member"
     print(f"measured, {size:6,} members: {ms}, {each}")
@@ -273,7 +280,8 @@ def project(num_models, devices):
 
 
 million = 1_000_000
-measured = {(num_models, n): time for n, time in took.items()}
+measured = {(large // 10, 1): tenth.median}
+measured |= {(num_models, n): time for n, time in took.items()}
 print("  members  devices  projected [ms]  measured [ms]  measured / projected")
 for size in [*measured, (num_models, 1000), (million, 1), (million, 1000)]:
     print("{:9,} {:8,}".format(*size), f"{project(*size) * 1e3:15,.2f}", end="")
@@ -288,10 +296,11 @@ print(f"so {faster} faster here")
 # **The last column is the margin to plan with.** Above 1, devices share something (two
 # cores: caches and memory) or were not free. If one call is slower than rounds, it
 # leaves the caches, or takes fresh memory in each step: **never project to larger
-# calls**. If it is faster, the device was not full: raise ``large``.
+# calls**. If it is clearly faster, the device was not full: plan with a larger
+# ``large``.
 #
-# The fixed time is where more devices end
-# ----------------------------------------
+# More devices do not shorten the fixed time
+# ------------------------------------------
 
 hours = 10_000 / 3600  # of 10,000 steps of a second
 devices = [round(10 ** (i / 20)) for i in range(61)]
@@ -303,7 +312,7 @@ marks = [hours * time for time in took.values()]
 ax.plot(took.keys(), marks, "C0o", label=f"{num_models:,} members, measured")
 ax.plot(1, hours * one.median, "C2s", label="1 member, measured")
 ax.axhline(hours * one.median, color="C2", linestyle=":")
-ax.set_title(f"Training for 10,000 steps, from the time of one\non {where}, float32")
+ax.set_title(f"Training for 10,000 steps, each device {where}, float32")
 ax.set_xlabel("devices")
 ax.set_ylabel("time of the training [h]")
 ax.legend()
@@ -314,17 +323,11 @@ fig.set_label(
 )
 
 # %%
-# With full calls, twice the devices take half the time. Smaller ones shrink towards the
-# fixed time, which no number of devices divides. **Stop adding devices when a share is
-# smaller than a call.**
-
-for n in (10, 100, 1000):
-    speed = project(num_models, 1) / project(num_models, n)
-    print(
-        f"{num_models:,} members, {n:5,} devices: {speed:.0f} times as fast, projected"
-    )
-
-# %%
+# While calls are full, twice the devices take half the time. With fewer members in a
+# call, its time approaches the fixed time, which no number of devices divides. (Where
+# the number of calls changes, the line has a kink.) **Stop adding devices when a share
+# is smaller than a call.**
+#
 # What becomes the bottleneck
 # ---------------------------
 #
@@ -345,7 +348,7 @@ def costs(n):
         "all-reduce [2], prediction": 2 * (n - 1) * (delay + answers / n / network),
         "checkpoint": 0.75 * state * million / disk,  # without the gradients
         "data set, to all devices": n * data_set / disk,
-        "or minibatches from disk": num_steps * million * x[0].nbytes / disk,
+        "minibatches, from disk": num_steps * million * x[0].nbytes / disk,
     }
 
 
@@ -357,13 +360,16 @@ for name in table[1]:
     first = [n for n in table if table[n][name] > table[n]["training"]]
     shown = [f"{table[n][name]:8,.1f}" for n in marks]
     print(f"{name:26}", *shown, f" {first[0]} devices" if first else " -")
+for n in marks:
+    print(f"with {n:5,}, the longest is: {max(table[n], key=table[n].get)}")
 
 # %%
 # All is projected: "training" from measured steps, the rest from counted bytes and the
-# assumed rates. A **checkpoint** takes as long with more devices, while training gets
-# shorter: write fewer. A **data set** that all read from one disk is better read once
-# and sent by ``torch.distributed.broadcast``. Members that read their **minibatches**
-# from disk wait for it: keep the data on the device, as ``plot_training.py`` does.
+# assumed rates; the last two rows are alternatives. A **checkpoint** takes as long with
+# more devices, while training gets shorter: write fewer. A **data set** that all read
+# from one disk is better read once and sent by ``torch.distributed.broadcast``. Members
+# that read their **minibatches** from disk wait for it: keep the data on the device, as
+# ``plot_training.py`` does.
 #
 # The mistake: to plan from one measurement
 # -----------------------------------------

@@ -2,8 +2,8 @@
 One ensemble on many devices
 ============================
 
-Train the members of one ensemble in as many processes as you have GPUs or CPU cores,
-and get the same members for any number of processes.
+Train the members of one ensemble in as many processes as you have GPUs or CPU cores:
+without dropout, any number of processes makes the same members, up to rounding.
 
 **In short.** Give every process a share of the members and a device, and derive each
 random number from the member's number, never from the process's. Training then needs
@@ -45,9 +45,10 @@ print(f"{num_processes} processes on {where}, torch {torch.__version__}, float64
 # ------------------------------------
 #
 # The lines to copy into ``train.py``: the imports from torch, and the functions of the
-# next three cells. A member is its number: seeds and minibatches follow from it
-# (``torch.manual_seed(rank)`` makes other members for another number of processes).
-# With data of your own, the ``generator`` draws the rows of a minibatch.
+# next three cells. A member is known by its number, and all its random numbers follow
+# from it: ``torch.manual_seed(rank)`` would make other members for another number of
+# processes. With data of your own, draw
+# ``rows = torch.randint(len(data), (32,), generator=generator)`` instead.
 
 
 def share(num_models, rank, world):
@@ -144,14 +145,17 @@ def work(num_models, num_steps):
 #
 # **No member is lost or doubled** where the processes do not divide them: 91 members in
 # 4 processes are 23, 23, 23 and 22. (It is the sum that makes ``predict`` right then; a
-# mean of means is not.) But 5 members in 4 processes are 2, 2, 1 and none: the last
-# process raises an error and torchrun ends all (tested); start 3.
+# mean of means is not.) Each process needs a member: 5 in 4 processes are 2, 2, 1 and
+# none, so the last one raises an error, and torchrun ends all (tested). Start 3. (Why
+# not 2, 1, 1, 1? ``plot_checkpoints.py`` saves by PyTorch's ``Shard(0)``, which splits
+# like this.)
 #
 # How this page starts it
 # -----------------------
 #
-# With a file that it writes. Stop a launcher by ``terminate``; ``kill`` would leave its
-# processes running.
+# It writes these functions into a ``train.py`` in a temporary folder, starts torchrun,
+# and reads what each process has saved. If it is interrupted, it ends torchrun by
+# ``terminate``, since ``kill`` would leave the processes running.
 
 imports = """
 import time
@@ -288,7 +292,7 @@ slow, fast = (
 fig, ax = plt.subplots(layout="constrained")
 speeds = [median[1, 1] / median[n, 1] for n in counts]
 ax.plot(counts, speeds, "C0o-", label="one thread each")
-ax.fill_between(counts, slow, fast, color="C0", alpha=0.2)
+ax.fill_between(counts, slow, fast, color="C0", alpha=0.2, label="all turns")
 ax.plot(ticks, ticks, "C1--", label="n processes, n times as fast")
 if threads > 1:
     rival = median[1, 1] / median[1, threads]
@@ -296,7 +300,7 @@ if threads > 1:
 ax.set_xticks(ticks)
 ax.set_title(f"Training of {num_models} members, {num_steps} steps, float64\n{where}")
 ax.set_xlabel("processes at work")
-ax.set_ylabel("speed [1 process, 1 thread]; band: all turns")
+ax.set_ylabel("speed relative to 1 process, 1 thread")
 ax.legend()
 fig.set_label(
     "Speed of training all members, in times that of one process, against the number "
@@ -308,8 +312,8 @@ fig.set_label(
 # **As many processes as devices, and no more.** Where the measured line leaves the
 # dashed one although cores are free, members are too few and small, or the memory is
 # the limit. Beyond the number of cores, processes take turns and win little or nothing.
-# If one process with all threads is nearly as fast, start only one. On one GPU, there
-# is one mark.
+# If one process with all threads is nearly as fast, start only one. A wide band says
+# that the machine had other work to do.
 #
 # The mistake: one DistributedDataParallel for all members
 # --------------------------------------------------------
