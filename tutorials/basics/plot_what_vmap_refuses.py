@@ -7,7 +7,7 @@ compute the same and are accepted.
 
 **In short.** ``vmap`` runs your function once, on tensors that stand for all members
 (models or samples), so it refuses what needs the value of one (``if``, ``.item()``,
-NumPy, shapes that depend on values); each has a form in tensor operations that equals
+NumPy, shapes that depend on values); most have a form in tensor operations that equals
 the loop. Side effects (``append``, ``random.random()``) are not refused, but happen
 once for all.
 
@@ -36,8 +36,66 @@ xs = torch.randn(num_models, 8, 6, dtype=torch.float64).to(device)  # a [8, 6] f
 print(f"{device.type.upper()}, torch {torch.__version__}, float64")
 
 # %%
-# What ``vmap`` says about a function, and what to write against the loop that ``vmap``
-# stands for. With these two cells above it, every case below runs alone:
+# What you see, what to write, and why
+# ------------------------------------
+#
+# About the inputs:
+#
+# - ``Got in_dim=0 for an input``, ``Got in_dim=0 for some input``, ``same size in the
+#   mapped dimension``: an argument that all members share has no row for each. Say
+#   ``None`` for it in ``in_dims``.
+# - ``in_dims is not compatible with the structure``: say ``in_dims`` for each argument,
+#   as ``(0, None)``, and in a dictionary for each key, or one number for all of it.
+#
+# About the function:
+#
+# - ``data-dependent control flow``: an ``if`` would go one way for all members. Write
+#   ``torch.where(test, a, b)``.
+# - ``calling .item() on a Tensor``: a Python number would be the same for all members.
+#   Go on with the tensor.
+# - ``Cannot access data pointer of Tensor``, ``unexpected keyword argument 'axis'``:
+#   NumPy sees no members. Call it before or after, or write ``x.sum()`` for
+#   ``np.sum(x)``.
+# - ``can support dynamic shape``, ``can output dynamic shape``, ``return a differently
+#   shaped Tensor``: a mask, or an operator such as ``aten::nonzero``, would give each
+#   member another shape. Write ``torch.where(mask, x, fill)``.
+# - ``is not possible because there exists a Tensor``, ``doesn't match the broadcast
+#   shape``: the results of all members go into a tensor that exists once. Make it from
+#   an input that has a row for each: ``x.new_zeros(...)``.
+# - ``randomness error mode``: say ``randomness="different"``, or ``"same"``.
+# - ``Cannot ask for different inplace randomness``: from ``torch.distributions`` and
+#   ``nn.init``. Write ``loc + scale * torch.randn_like(loc)``; build modules outside.
+# - ``Batch norm got a batched tensor``: one module has one running mean. Stack the
+#   buffers, or call ``eval()``.
+# - ``Batching rule not implemented``: an LSTM, a GRU, ``torch.equal``, ``out=``. Write
+#   it in other operations.
+# - ``attempting to call Tensor.requires_grad_()``, ``backward() called inside``, ``does
+#   not require grad and does not have``: gradients are functions here. Write
+#   ``vmap(grad(loss))``.
+# - ``override the setup_context staticmethod``, ``does not have vmap support``: an
+#   ``autograd.Function`` of the old form, or ``checkpoint``.
+# - ``don't yet support saved tensor hooks``: ``checkpoint``. Put it around ``vmap``.
+# - ``your tensor may have escaped``: a tensor kept in a list (return it instead), or
+#   ``checkpoint``.
+# - ``must only return Tensors``: a ``str`` is no tensor. Say ``out_dims=(0, None)``.
+# - ``There is a performance drop``: not refused, but slow.
+#
+# About the models:
+#
+# - ``stack expects each tensor to be equal size``, ``Expected all models to be of the
+#   same class``: one call for each architecture (``plot_recipes.py``). The first also
+#   comes from ``argwhere``, and ``bincount`` without ``minlength``, in a function.
+# - ``the same training/eval mode``: call ``eval()``, or ``train()``, on all of them.
+# - ``t() expects a tensor with <= 2 dimensions``, ``expected stride to be a single
+#   integer``: a model got the stacked parameters outside of ``vmap``, or with ``None``
+#   in ``in_dims``.
+#
+# How to read the cases
+# ---------------------
+#
+# The cases that need more print what ``vmap`` says, and compare what to write with the
+# loop. With the set-up and this cell above it, each runs alone. "accepted here" means
+# that your PyTorch is newer.
 
 
 def says(function, *inputs):
@@ -57,51 +115,6 @@ def check(one_call, loop):
 
 
 # %%
-# What you see, what to write, and why
-# ------------------------------------
-#
-# About the inputs:
-#
-# - ``Got in_dim=0 for an input``, ``Got in_dim=0 for some input``, ``same size in the
-#   mapped dimension``: what members share has no row for each. Say ``None`` in
-#   ``in_dims``.
-# - ``in_dims is not compatible with the structure``: say ``in_dims`` for each argument,
-#   as ``(0, None)``, and in a dictionary for each key, or one number for all of it.
-#
-# About the function:
-#
-# - ``data-dependent control flow``: an ``if`` goes one way, members differ. Write
-#   ``torch.where(test, a, b)``.
-# - ``calling .item() on a Tensor``: a float is one number. Go on with the tensor.
-# - ``Cannot access data pointer of Tensor``: NumPy knows no members. Call it later.
-# - ``can support dynamic shape``, ``can output dynamic shape``: a mask, or an operator
-#   such as ``aten::nonzero``. Write ``torch.where(mask, x, fill)``.
-# - ``inplace arithmetic``, ``doesn't match the broadcast shape``: there is room for one
-#   result only. Write ``x.new_zeros(...)``.
-# - ``randomness error mode``: one mask, or one each? Say ``randomness="different"``.
-# - ``Batch norm got a batched tensor``: room for one. Stack buffers, or ``eval()``.
-# - ``Batching rule not implemented``: an LSTM, a GRU, ``out=``. Write the cell out.
-# - ``attempting to call Tensor.requires_grad_()``, ``backward() called inside``:
-#   gradients are functions here. Write ``vmap(grad(loss))``.
-# - ``override the setup_context staticmethod``, ``does not have vmap support``: an
-#   ``autograd.Function`` of the old form, or ``checkpoint``.
-# - ``don't yet support saved tensor hooks``: ``checkpoint``. Put it around ``vmap``.
-# - ``your tensor may have escaped``: kept in a list (return it), or ``checkpoint``.
-# - ``must only return Tensors``: a ``str`` is no tensor. Say ``out_dims=(0, None)``.
-# - ``There is a performance drop``: not refused, but slow.
-#
-# About the models:
-#
-# - ``stack expects each tensor to be equal size``, ``Expected all models to be of the
-#   same class``: one call for each architecture (``plot_recipes.py``).
-# - ``the same training/eval mode``: call ``eval()``, or ``train()``, on all of them.
-# - ``t() expects a tensor with <= 2 dimensions``, ``expected stride to be a single
-#   integer``: a model got the stacked parameters outside of ``vmap``, or with ``None``
-#   in ``in_dims``.
-#
-# Cases that need more follow, each under its words. "accepted here" means that your
-# PyTorch is newer.
-#
 # ``Got in_dim=0 for an input``
 # -----------------------------
 #
@@ -144,12 +157,14 @@ check(vmap(turn_where)(xs), [turn(x) for x in xs])
 # ``sorted``. A ``while`` becomes a ``for`` over the largest number of steps, with
 # ``x = torch.where(running, f(x), x)`` in it.
 #
-# ``torch.where`` computes *both* sides for all. In training, the side that is not taken
-# must not be infinite or ``nan``, or the gradient is ``nan``:
+# ``torch.where`` computes *both* sides. In training, the side that is not taken must be
+# finite, or the gradient is ``nan``:
 # ``torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)``.
 #
 # ``calling .item() on a Tensor``
 # -------------------------------
+#
+# What is to differ from member to member must stay a tensor:
 
 
 def scale(x):  # refused; so is float(x.max())
@@ -190,8 +205,8 @@ check(vmap(lambda x: x.flip(0))(xs), [reverse(x) for x in xs])  # what to write
 # ``dynamic shape``
 # -----------------
 #
-# The same for ``nonzero``, ``unique`` and ``torch.where`` with one argument. Keep the
-# shape; what is not wanted must have no effect:
+# From a mask, ``nonzero``, ``unique`` and ``torch.where`` with one argument. Keep the
+# shape, and give what is not wanted a value without effect:
 
 
 def mean_of_positive(x):  # refused
@@ -207,7 +222,6 @@ check(vmap(mean_of_positive_where)(xs), [mean_of_positive(x) for x in xs])
 
 # %%
 # - ``x[mask] = 0``: write ``x = torch.where(mask, 0, x)``.
-# - ``x.unique()``, to count: ``(x.flatten().sort().values.diff() != 0).sum() + 1``.
 # - If the result has to differ in size, return ``x`` and ``mask`` and cut afterwards:
 #   ``[x[mask] for x, mask in zip(*vmap(f)(xs))]``.
 #
@@ -236,8 +250,9 @@ print(says(row_sums, xs))
 check(vmap(row_sums_new)(xs), [row_sums(x) for x in xs])
 
 # %%
-# A tensor from outside, such as a counter or a buffer: pass it as an argument with a
-# row for each member, or return the new value.
+# So do ``index_add_``, ``scatter_`` and ``fill_``. A tensor from outside, such as a
+# counter or a buffer: pass it as an argument with a row for each member, or return the
+# new value.
 #
 # ``randomness error mode``
 # -------------------------
@@ -261,21 +276,15 @@ noise = torch.stack([torch.randn_like(x) for x in xs])
 check(vmap(torch.add)(xs, noise), loop)
 
 # %%
-# "Cannot ask for different inplace randomness on an unbatched tensor" comes from
-# ``torch.distributions.Normal(x, 1).rsample()``, even with ``"different"``: write
-# ``x + torch.randn_like(x)``.
-#
 # ``Batch norm got a batched tensor``
 # -----------------------------------
 #
-# One module for all has one running mean. ``bn.eval()`` is accepted. To train, stack
-# the buffers of an ensemble (``plot_state.py``); if the members are samples, say
-# ``track_running_stats=False``. ``momentum=None`` reads the number of minibatches by
-# ``.item()``; write instead, before each call, what it stands for:
+# One module for all members has one running mean, and ``bn.eval()`` is accepted. To
+# train, give each member its own (``plot_state.py``):
 
-norms = [nn.BatchNorm1d(6, momentum=None, **float64) for _ in xs]
+norms = [nn.BatchNorm1d(6, **float64) for _ in xs]
 params, buffers = stack_module_state(norms)
-skeleton = nn.BatchNorm1d(6, momentum=None, device="meta")
+skeleton = nn.BatchNorm1d(6, device="meta")
 
 
 def norm_call(params, buffers, x):
@@ -283,14 +292,15 @@ def norm_call(params, buffers, x):
 
 
 print(says(nn.BatchNorm1d(6, **float64), xs))  # refused
-print(says(norm_call, params, buffers, xs))  # refused, with momentum=None
-for step in [1, 2, 3]:
-    skeleton.momentum = 1 / step  # what to write
-    vmap(norm_call)(params, buffers, step * xs)
-    loop = [norm(step * x) for norm, x in zip(norms, xs, strict=True)]
+one_call = vmap(norm_call)(params, buffers, xs)  # what to write
+check(one_call, [norm(x) for norm, x in zip(norms, xs, strict=True)])
 check(buffers["running_mean"], [norm.running_mean for norm in norms])
 
 # %%
+# ``momentum=None`` reads its count of minibatches by ``.item()``: set
+# ``skeleton.momentum = 1 / step`` before each call instead (tested). If the members are
+# samples and not models, ``track_running_stats=False`` keeps no mean at all.
+#
 # ``Batching rule not implemented``
 # ---------------------------------
 #
@@ -344,14 +354,13 @@ loop = [gradient(w, x) for w, x in zip(ws, xs, strict=True)]
 check(vmap(grad(loss))(ws, xs), loop)  # what to write
 
 # %%
-# Or leave autograd outside: ``vmap(loss)(ws, xs).sum().backward()``, as in
-# ``plot_training.py``.
+# Or leave autograd outside: ``vmap(loss)(ws, xs).sum().backward()``.
 #
 # ``override the setup_context staticmethod``
 # -------------------------------------------
 #
 # In the new form of an ``autograd.Function``, ``forward`` has no ``ctx``,
-# ``setup_context`` saves, a line asks for the rule, and ``backward`` stays:
+# ``setup_context`` saves, and ``generate_vmap_rule`` asks for a rule:
 
 
 class OldSign(Function):  # refused
@@ -365,8 +374,9 @@ class OldSign(Function):  # refused
         return g * (ctx.saved_tensors[0].abs() < 1)
 
 
-class Sign(OldSign):  # what to write
+class Sign(Function):  # what to write
     generate_vmap_rule = True
+    backward = OldSign.backward  # stays as it was
 
     @staticmethod
     def forward(x):
@@ -385,9 +395,9 @@ check(vmap(grad(lambda x: (Sign.apply(x) * x).sum()))(xs), loop)
 # %%
 # Without ``generate_vmap_rule`` the message is "it does not have vmap support".
 #
-# ``checkpoint`` inside of ``vmap`` says one of both, or (``use_reentrant=False``, new
-# PyTorch) refuses no call, but its gradient. Put it around ``vmap``, with
-# ``backward()`` outside: ``checkpoint(vmap(f), xs, use_reentrant=False)``.
+# ``checkpoint`` inside of ``vmap`` fails at once with ``use_reentrant=True``, and with
+# ``False`` at the latest in the backward pass. Put it around ``vmap``, and call
+# ``backward()``: ``checkpoint(vmap(f), xs, use_reentrant=False)``.
 #
 # ``must only return Tensors``
 # ----------------------------
@@ -427,13 +437,15 @@ with warnings.catch_warnings():
 check(vmap(count_one_hot)(labels), [count(y) for y in labels])
 
 # %%
-# ``nn.GRUCell`` warns too, and attention on a CPU (``plot_what_vmap_runs.py``).
+# ``nn.GRUCell`` warns too, and ``F.scaled_dot_product_attention`` on a CPU
+# (``plot_what_vmap_runs.py``).
 #
 # The mistake: append, count or draw
 # ----------------------------------
 #
-# All that Python does happens once, and nothing complains: a number drawn by Python or
-# NumPy is *one* for all members, an appended tensor also, and of no use after the call:
+# All that Python does happens once, without a message: a number drawn by Python or
+# NumPy is *one* for all members, an appended tensor also, and of no use after the call.
+# (As silent: four members share four rows, and ``in_dims`` is left out. Each gets one.)
 
 kept = []
 
@@ -451,8 +463,7 @@ except RuntimeError as error:
     print(textwrap.fill(str(error), 88))
 
 # %%
-# Counters and hooks run once as well. Return what you want to keep, and draw with
-# ``torch``:
+# Hooks run once as well. Return what you want to keep, and draw with ``torch``:
 
 
 def member_returns(x):  # what to write
@@ -482,7 +493,4 @@ check(sums, [x.sum() for x in xs])
 #
 # - PyTorch on the `limitations
 #   <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_ of ``vmap``.
-# - Asked before: control flow, `functorch#257
-#   <https://github.com/pytorch/functorch/issues/257>`_; ``.item()`` in ensembles,
-#   `functorch#1108 <https://github.com/pytorch/functorch/issues/1108>`_; LSTM,
-#   `pytorch#105982 <https://github.com/pytorch/pytorch/issues/105982>`_.
+# - LSTM: `pytorch#105982 <https://github.com/pytorch/pytorch/issues/105982>`_.
