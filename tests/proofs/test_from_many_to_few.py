@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch.func import stack_module_state
 from torch.nn import functional as F
 
-USED = "check nll greedy make_models predict probs_of losses_of score verdict ask_team"
+USED = "check nll greedy make_models predict probs_of losses_of score verdict teacher_of"
 PAGE = names_of("uncertainty/plot_from_many_to_few", *USED.split())
 nll, greedy = PAGE["nll"], PAGE["greedy"]
 
@@ -72,13 +72,14 @@ def stacked(models):
 
 def test_the_teacher_is_the_average_of_its_own_team():
     torch.manual_seed(0)
-    page = page_with()
-    models = page["make_models"](6)  # a team of three for each of two students
-    params = {k: p.unflatten(0, (2, 3)) for k, p in stacked(models).items()}
-    page["team_params"] = params
-    x = torch.randn(2, 5, 64)  # each student has images of its own
-    probs = page["ask_team"](x)
-    for student, own in enumerate((models[:3], models[3:])):
+    page = page_with(num_members=4, split=torch.arange(2)[:, None])
+    models = page["make_models"](8)  # four in each of two splits
+    page["members"] = stacked(models)
+    x = torch.randn(16, 5, 64)  # eight students in each split, with images of their own
+    teams = [[0, 2, 2], [3, 0, 1]]
+    probs = page["teacher_of"](torch.tensor(teams))(x)
+    for student in range(16):
+        own = [models[4 * (student // 8) + i] for i in teams[student // 8]]
         with torch.no_grad():
             alone = sum(model(x[student]).softmax(dim=-1) for model in own) / 3
         torch.testing.assert_close(probs[student], alone)

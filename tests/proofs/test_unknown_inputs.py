@@ -29,6 +29,8 @@ def test_mutual_information_is_the_mean_divergence_from_the_mean(member_probs):
     mean = member_probs.mean(0)
     divergence = (member_probs * (member_probs / mean).log()).sum(-1).mean(0)
     torch.testing.assert_close(mutual_information(member_probs), divergence)
+    assert mutual_information(member_probs).max() <= math.log(5)  # of the members
+    assert mutual_information(torch.eye(5)).item() == pytest.approx(math.log(5))
 
 
 def test_one_member_has_no_mutual_information(member_probs):
