@@ -96,7 +96,7 @@ def test_page_fits_and_is_accessible_in_every_theme_and_width(visit, name):
     page = visit(f"{name}.html")
     # Colors that still fade into place would be taken for the final ones.
     page.add_style_tag(content="*, ::before, ::after { transition: none !important }")
-    for width in [1280, 390]:
+    for width in [1280, 360]:
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(500)  # the theme makes wide boxes reachable after that
         for theme in ["light", "dark"]:

@@ -99,7 +99,7 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # - ``vmap`` maps that function over the models. ``in_dims`` names, for each argument,
 #   the dimension that counts them: 0 by default, ``None`` for what all share.
 #
-# In older code, ``functorch.combine_state_for_ensemble`` stands for the first two.
+# In older code, ``functorch.combine_state_for_ensemble`` did the work of the first two.
 #
 # The same with a loop
 # --------------------
@@ -133,8 +133,8 @@ for option, one_call, loop in [(1, own, loop_own), (2, shared, loop_shared)]:
 # calls it once: a linear layer becomes one batched matrix product, a convolution one
 # *grouped* convolution with a group for each model. This saves calls, which cost
 # microseconds each and leave a GPU idle. It also makes every intermediate result ten
-# times as large: behind ``conv2`` 94 MB instead of 9.4 (64 images x 64 channels x 24 x
-# 24 pixels x 4 bytes), more than most CPU caches hold.
+# times as large: 10 x 64 images x 64 channels x 24 x 24 pixels x 4 bytes behind
+# ``conv2``, more than most CPU caches hold.
 #
 # So expect ``vmap`` to be faster where one small model cannot fill the device, as on a
 # GPU, and slower where one model keeps all cores busy already and large results have
@@ -211,10 +211,9 @@ fig.set_label(
 # (loop) against 2.07 on an A100 GPU, 5.81 against 6.34 where their page was built.
 #
 # **If vmap is slower here**, there was no idle device to fill, and the large tensors
-# have their price: fresh memory, which ``plot_what_vmap_runs.py`` measures and which
-# ``GLIBC_TUNABLES`` on Linux avoids. For this network on a CPU keep a loop, best a
-# compiled one (``plot_fastest_ensemble.py``); with smaller models, one call is faster
-# on a CPU too (``plot_when_vmap_pays.py``).
+# have their price: fresh memory, which ``plot_what_vmap_runs.py`` measures. For this
+# network on a CPU keep a loop, best a compiled one (``plot_fastest_ensemble.py``); with
+# smaller models, one call is faster on a CPU too (``plot_when_vmap_pays.py``).
 #
 # Combine the ten predictions
 # ---------------------------

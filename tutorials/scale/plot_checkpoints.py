@@ -401,7 +401,7 @@ for name, p in begin(range(num_models), "cpu")[0].items():
 # Next
 # ----
 #
-# - ``plot_how_far.py`` plans a thousand members, or a million.
+# - ``plot_how_far.py``: how many fit on a device, and how long they train.
 # - PyTorch on `distributed checkpoints
 #   <https://docs.pytorch.org/docs/stable/distributed.checkpoint.html>`_.
 #

@@ -385,7 +385,7 @@ compare("mean of logits", "mean of probabilities")
 # Next
 # ----
 #
-# - ``plot_unknown_inputs.py``: the same of inputs that are no digits.
+# - ``plot_unknown_inputs.py``: how unsure the ensemble is of what it never saw.
 # - ``plot_from_many_to_few.py`` distills a team.
 #
 # References

@@ -337,7 +337,7 @@ for name, var in [("averaged", averaged), ("mixture", total)]:
 # Next
 # ----
 #
-# - ``plot_more_members.py``: what each further member buys.
+# - ``plot_more_members.py``: how many members are enough, and a fair rival.
 # - ``plot_unknown_inputs.py``: the same question for images.
 #
 # References
