@@ -9,8 +9,8 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch.func import stack_module_state
 from torch.nn import functional as F
 
-USED = "check nll greedy make_models predict probs_of losses_of score verdict teacher_of"
-PAGE = names_of("uncertainty/plot_from_many_to_few", *USED.split())
+USED = "check nll greedy make_models predict probs_of losses_of score verdict"
+PAGE = names_of("uncertainty/plot_from_many_to_few", "teacher_of", *USED.split())
 nll, greedy = PAGE["nll"], PAGE["greedy"]
 
 
