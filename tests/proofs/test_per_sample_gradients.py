@@ -113,6 +113,18 @@ def test_the_formula_gives_the_norms_of_the_loop(x, y):
     torch.testing.assert_close(losses, F.cross_entropy(model(x), y, reduction="none"))
 
 
+def test_the_formula_needs_no_bias_and_refuses_what_it_does_not_know(x, y):
+    torch.manual_seed(0)
+    bare = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 10))
+    _, norms = losses_and_norms(bare.double(), x, y)
+    expected = norms_of(gradients_by_loop(bare, x, y))
+    torch.testing.assert_close(norms, expected, rtol=1e-12, atol=0)
+    for layer in nn.ReLU(inplace=True), nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8)):
+        model = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 10)).double()
+        with pytest.raises(TypeError, match="the formula is not for"):
+            losses_and_norms(model, x, y)
+
+
 def test_the_norm_of_the_last_layer_comes_from_the_probabilities(x, y):
     torch.manual_seed(0)
     model = MODELS["mlp"]().double()
@@ -178,6 +190,9 @@ def test_batch_norm_in_train_mode_is_refused(x, y):
     images = make_cnn(nn.BatchNorm2d).double()
     with pytest.raises(RuntimeError, match="Batch norm got a batched tensor"):
         gradients_of(images, x, y)
+    silent = make_cnn(lambda n: nn.BatchNorm2d(n, track_running_stats=False)).double()
+    alone = gradients_by_loop(silent, x, y)  # batches of one image
+    torch.testing.assert_close(gradients_of(silent, x, y), alone, rtol=0, atol=1e-12)
 
 
 @pytest.fixture
