@@ -192,8 +192,11 @@ def test_the_wide_network_has_the_parameters_of_ten_members():
 
 
 def test_fifteen_of_twenty_is_one_comparison_in_twenty_four():
-    chance = 2 * sum(math.comb(20, k) for k in range(15, 21)) / 2**20
-    assert round(1 / chance) == 24
+    def chance(wins):  # of so many or more of 20, to either side
+        return 2 * sum(math.comb(20, k) for k in range(wins, 21)) / 2**20
+
+    assert round(1 / chance(15)) == 24
+    assert chance(17) < 0.05 / 8 < chance(16)  # eight comparisons
 
 
 def test_eps_of_pytorchs_loss_is_a_floor_that_is_not_added():

@@ -6,10 +6,10 @@ Decide how many members your ensemble needs, and whether it needs to be an ensem
 measure error, likelihood, Brier score and calibration for 1 to 32 members from one
 training, beside one network with the parameters of five members.
 
-**In short.** On average the first member after one buys half of all that members can
-do for the Brier score, five members four fifths of it, the rest is slow. Before
-you keep an ensemble, compare it with one network of its size, each with a learning rate
-and a temperature of its own.
+**In short.** At a fixed learning rate, the second member buys half of what any number
+of members can gain in Brier score, the first five four fifths, and the rest is slow.
+Before you keep an ensemble, compare it with one network of its size, each with a
+learning rate and a temperature of its own.
 
 Before: ``plot_training.py`` explains the training loop.
 """
@@ -62,7 +62,7 @@ def brier(probs, labels):
 
 
 def calibration_error(probs, labels, num_bins=15):
-    """Mean of |confidence - accuracy| over equal bins, 0 (best) to 1 (Guo 2017)."""
+    """Mean of |confidence - accuracy|, by bins of confidence, 0 to 1 (Guo 2017)."""
     check(probs, labels)
     confidence, predicted = probs.max(dim=-1)
     bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
@@ -181,8 +181,8 @@ y_test, y_val = labels[test_rows].cpu(), labels[val_rows].cpu()
 # its best likelihood on the **validation** images, after a **temperature** that divides
 # its logits, also fitted there (Guo 2017).
 #
-# A team is a member and those that follow it in a circle: 32 teams of each size. (Large
-# teams share members, so their band is too narrow.)
+# A team is a member and those that follow it in a circle: 32 teams of each size. (Teams
+# of 16 overlap, and those of 32 are the same, so their band narrows and closes.)
 
 
 def temperature(probs, y):
@@ -240,7 +240,8 @@ def team_scores(probs):
 
 team_sizes = [1, 2, 3, 5, 8, 16, 32]
 best = play(small_test, small_val, 5)[-1]
-members = small_test[best, torch.arange(num_folds)]  # [5, 32, 1000, 10]
+chosen = best, torch.arange(num_folds)
+members, members_val = small_test[chosen], small_val[chosen]  # [5, 32, images, 10]
 curve = torch.stack([team_scores(team_means(members, size)) for size in team_sizes])
 one_large = team_scores(play(large_test, large_val, 1)[0])
 
@@ -272,18 +273,21 @@ fig.set_label(
 
 # %%
 # **Of what 32 gain in Brier score, five gain most**; the printed line has the others.
-# Calibration need not follow: see the last figure.
+# Calibration need not follow: a team may become too cautious, as the last figure shows.
 #
 # Fair: one large network, and a temperature for each
 # ---------------------------------------------------
 #
-# Are members better than width (Abe 2022)? And than **one number**, the temperature
-# (Ashukha 2020)? From 500 images it can also do harm: compare each line with its T.
+# Do members help more than width (Abe 2022)? More than **one number**, the temperature
+# (Ashukha 2020)? Fitted to 500 images, it can also do harm: compare each line with the
+# line of its T.
 
 
 def rescale(test, val):
     t = [temperature(p, y) for k, y in enumerate(y_val) for p in val[k]]
-    return (test.log() / torch.stack(t).view(num_folds, -1, 1, 1)).softmax(dim=-1)
+    t = torch.stack(t).view(num_folds, -1, 1, 1)
+    print(f"temperatures {t.min():.2f} to {t.max():.2f}, mean {t.mean():.2f}")
+    return (test.log() / t).softmax(dim=-1)
 
 
 rivals = {}
@@ -306,8 +310,9 @@ for size, kind in [(1, "small"), (5, "small"), (32, "small"), (1, "large")]:
 
 # %%
 # Which differences are real? Pair the rivals fold by fold. Folds share training images,
-# so the standard error takes the share of test to training images in (Nadeau and Bengio
-# 2003), and Student's t asks for 2.8 of it.
+# so the standard error is that of Nadeau and Bengio (2003), which adds the ratio of
+# test to training images, and Student's t asks for 2.8 of it. (Not for the ECE, which
+# few images bias.)
 
 
 def compare(one, other):
@@ -325,11 +330,11 @@ compare("5 small", "1 small")
 compare("32 small", "5 small")
 
 # %%
-# The first is the question: **where five small networks are not certainly better than
-# one of their size, each with its own rate and temperature, the ensemble is not
-# necessary** for digits like these.
-#
-# "Not certain": five folds cannot tell. A rate at an end of its list might want more.
+# The first block is the question: **pay for members where it says "better" in the score
+# that you need.** "Not certain" is no proof that both are equal: five folds cannot
+# tell. Nor is "better" certain where a difference is hardly above 2.8 errors, since
+# there are a dozen comparisons on this page. A rate at an end of its list might want
+# more.
 #
 # Averaging makes less confident
 # ------------------------------
@@ -354,7 +359,7 @@ fig.set_label("Accuracy against confidence, one member and 32, with the diagonal
 # %%
 # A point below the diagonal is too sure, one above it too cautious. A mean is less
 # confident than its members, **right or not**: that cures members that are too sure,
-# and may overdo it. Then a temperature below 1 puts it right.
+# and may overdo it. Then the temperature falls below 1.
 #
 # The mistake: votes for probabilities
 # ------------------------------------
@@ -369,12 +374,15 @@ ways = {
 for way, probs in ways.items():
     rivals[way] = team_scores(probs)
     show(way)
-compare("mean of logits", "mean of probabilities")
+val = team_means(members_val.log(), 5).softmax(dim=-1)
+rivals["mean of logits, T"] = team_scores(rescale(ways["mean of logits"], val))
+show("mean of logits, T")
+compare("mean of logits, T", "5 small, T")
 
 # %%
-# **A vote is no probability**: one image whose class has no vote makes the likelihood
-# infinite. The mean of logits is mostly surer than that of probabilities, which may
-# help where that is too cautious; "not certain" means either.
+# **A vote is no probability**: a class without a vote has probability zero, and one
+# image of it makes the negative log likelihood infinite. The mean of logits is mostly
+# surer than that of probabilities, so compare the two after a temperature.
 #
 # Remember
 # --------

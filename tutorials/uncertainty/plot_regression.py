@@ -85,6 +85,9 @@ params, _ = stack_module_state(models)
 train(params, x[whose], y[whose])  # own data for each network: [200, 40]
 
 # %%
+# With one data set, write ``vmap(member_loss, in_dims=(0, None, None))`` and no
+# ``whose``; below, ``mixture(*predict(params, x_test))``.
+#
 # Then ask all members about the same points, from -6 to 6, beyond the data:
 
 
@@ -111,8 +114,8 @@ print("means and variances [set, member, point]:", list(means.shape))
 #    \sigma^2 = \underbrace{\frac1M \sum_m \sigma_m^2}_\text{noise}
 #    + \underbrace{\frac1M \sum_m (\mu_m - \mu)^2}_\text{ignorance}
 #
-# The first part is what the members believe to be noise: more data will not remove it.
-# The second is what they disagree about: more data would settle it.
+# The first part is what the members believe to be noise, which more data would not
+# remove. The second is what they disagree about: more data would settle it.
 
 
 def mixture(means, variances):
@@ -121,22 +124,23 @@ def mixture(means, variances):
 
 
 # %%
-# For each data set, and how often the truth is in the ensemble's band:
+# For each data set, and how often the truth is where the ensemble's ignorance says:
 
 mean, noise, ignorance = mixture(means, variances)  # each [set, point]
 inside, truth = x_test.abs() <= 4, x_test**3
-held = (truth - mean).abs() < 2 * (noise + ignorance).sqrt()
+held = (truth - mean).abs() < 2 * ignorance.sqrt()
 for name, where in [("inside", inside), ("outside", ~inside)]:
     stds = [v[:, where].mean(1).sqrt().median() for v in (noise, ignorance)]
     print(f"{name:7}: noise {stds[0]:.2f}, ignorance {stds[1]:.2f}", end="; ")
-    print(f"truth within 2 std at {held[:, where].float().mean():.0%} of the points")
+    print(f"truth within 2 std of ignorance: {held[:, where].float().mean():.0%}")
 print("Standard deviations, medians over the data sets; the true noise has 3.")
 
 # %%
 # If ignorance is much larger outside than inside, **the ensemble knows that it is
-# outside**. If the truth leaves its bands there, **it does not know how far it is
-# wrong**. Outside, not even "noise" is noise: no data have taught the members that
-# number. The figure shows the first data set.
+# outside**. Where the share is far below 95 %, **it does not know how far it is
+# wrong**: members share an error that their disagreement does not show. Outside, not
+# even "noise" is noise: no data have taught the members that number. The figure shows
+# the first data set.
 
 fig, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 4), layout="constrained")
 at = x_test.cpu()
@@ -169,7 +173,7 @@ fig.set_label(
 # --------------------------------------
 #
 # Keep this check in your own project: four of the networks in one call and one by one,
-# in float64. Alone they use ``F.gaussian_nll_loss``. (``mixture`` has its own test.)
+# in float64. Alone they use ``F.gaussian_nll_loss``.
 
 few = [copy.deepcopy(model).double() for model in models[::50]]  # of four data sets
 x64, y64, at64 = (t.double() for t in (x[whose[::50]], y[whose[::50]], x_test))
@@ -228,7 +232,7 @@ def found(signal):
 
 
 # %%
-# All wide networks train in one call, too; the parameters bring their sizes.
+# All wide networks train in one call, too, with the same skeleton:
 
 wides = [GaussianNet(x_std, y_std, width=164).to(device) for _ in range(num_sets)]
 wide, _ = stack_module_state(wides)
@@ -253,9 +257,9 @@ for name, signal in signals.items():
 
 # %%
 # Comparisons are paired, set by set. Chance alone gives 15 wins of 20 or more, to
-# either side, once in 24 comparisons (tested), and there are eight here: read 15 as a
-# hint and 18 as a result. As in the paper, the mixture counts as one Gaussian. A lower
-# NLL is better; coverage should be 0.95.
+# either side, once in 24 comparisons, and there are eight here: read 15 or 16 as a
+# hint, 17 as a result (tested). As in the paper, the mixture counts as one Gaussian. A
+# lower NLL is better; coverage should be 0.95.
 
 yardstick = 0.5 * math.log(2 * math.pi * math.e * 3**2)  # the entropy of the noise
 y_test = truth + 3 * torch.randn(num_sets, len(x_test)).to(device)
@@ -294,7 +298,7 @@ for name, value, look in [
     ax.fill_between(at, low, high, color=look[:2], alpha=0.2)
 for edge in (-4, 4):
     ax.axvline(edge, color="C5", linewidth=0.8)
-ax.set_title(f"{num_sets} data sets between -4 and 4\n{device_name}, float32")
+ax.set_title(f"Error and what predicts it, {num_sets} sets\n{device_name}, float32")
 ax.set_xlabel("x")
 ax.set_ylabel("in units of y; median and quartiles")
 ax.legend(loc="upper center")
@@ -305,27 +309,33 @@ fig.set_label(
 )
 
 # %%
+# Where the dotted line lies above the solid one, ignorance understates the error.
+#
 # Training decides how much members differ. Another rate, activation or number of points
-# changes the likelihoods and the coverage a lot; it changes little about *where*
+# changes likelihoods and coverage; it changes little about *where*
 # (tested: ``tanh``, three times the rate, five members on half the points).
 #
-# The mistake: averaging standard deviations
-# ------------------------------------------
+# The mistake: leaving out the variance of the means
+# --------------------------------------------------
 #
-# The average of the members' standard deviations looks like the ensemble's. It leaves
-# out ignorance: ten members that are sure of ten different things come out sure.
+# The average of the members' standard deviations, or of their variances, looks like the
+# ensemble's. But ten members that are sure of ten different things come out sure.
 
 averaged = variances.sqrt().mean(1) ** 2  # [20, 121]
-for name, var in [("averaged", averaged), ("mixture", total)]:
-    loss = gaussian_nll(mean, var, y_test)[:, ~inside].mean(1)
-    print(f"{name:8}: NLL outside {loss.quantile(0.5):6.2f} (median of the data sets)")
+ways = {"standard deviations averaged": averaged, "variances averaged": noise}
+for name, var in (ways | {"mixture": total}).items():
+    loss = gaussian_nll(mean, var, y_test)[:, ~inside].mean(1).quantile(0.5)
+    print(f"{name:28}: NLL outside {loss:6.2f} (median of the sets)")
 
 # %%
-# Two more: ``vmap`` refuses ``F.gaussian_nll_loss``, which looks at the values of the
-# variances (so does ``gaussian_nll`` above). Write the loss out, as in ``member_loss``,
-# or call theirs outside on all members, with ``reduction="none"`` and then
-# ``.mean(dim=1).sum()`` (tested). And keep a floor under the variance (``softplus`` is
-# none): else a member that meets a point gains without end by shrinking it there.
+# Two more mistakes:
+#
+# - **A loss that looks at values.** ``vmap`` refuses ``F.gaussian_nll_loss``, and
+#   ``gaussian_nll`` above, since they test the variances. Write the loss out, as in
+#   ``member_loss``, or call theirs outside on all members, with ``reduction="none"``
+#   and then ``.mean(dim=1).sum()`` (tested).
+# - **A variance without a floor** (``softplus`` is none): a member that passes through
+#   a point lowers its loss for ever by shrinking the variance there.
 #
 # Remember
 # --------
