@@ -36,6 +36,26 @@ xs = torch.randn(num_models, 8, 6, dtype=torch.float64).to(device)  # a [8, 6] f
 print(f"{device.type.upper()}, torch {torch.__version__}, float64")
 
 # %%
+# Two helpers of the cases below:
+
+
+def says(function, *inputs):
+    """First sentence of what vmap says about a function."""
+    try:
+        vmap(function)(*inputs)
+    except (RuntimeError, ValueError, UserWarning) as error:
+        sentence = str(error).split(". ")[0].split("\n")[0].removeprefix("vmap: ")
+        return textwrap.fill(sentence, 88)
+    return "accepted here"
+
+
+def check(one_call, loop):
+    far = (one_call - torch.stack(loop)).abs().max().item()
+    assert far < 1e-10, f"vmap does not compute what the loop computes: {far:.1e} away"
+    print(f"What to write equals the loop; largest difference {far:.0e}.")
+
+
+# %%
 # What you see, what to write, and why
 # ------------------------------------
 #
@@ -94,27 +114,9 @@ print(f"{device.type.upper()}, torch {torch.__version__}, float64")
 # ---------------------
 #
 # The cases that need more print what ``vmap`` says, and compare what to write with the
-# loop. With the set-up and this cell above it, each runs alone. "accepted here" means
+# loop. With the set-up and the cell after it, each runs alone. "accepted here" means
 # that your PyTorch is newer.
-
-
-def says(function, *inputs):
-    """First sentence of what vmap says about a function."""
-    try:
-        vmap(function)(*inputs)
-    except (RuntimeError, ValueError, UserWarning) as error:
-        sentence = str(error).split(". ")[0].split("\n")[0].removeprefix("vmap: ")
-        return textwrap.fill(sentence, 88)
-    return "accepted here"
-
-
-def check(one_call, loop):
-    far = (one_call - torch.stack(loop)).abs().max().item()
-    assert far < 1e-10, f"vmap does not compute what the loop computes: {far:.1e} away"
-    print(f"What to write equals the loop; largest difference {far:.0e}.")
-
-
-# %%
+#
 # ``Got in_dim=0 for an input``
 # -----------------------------
 #
