@@ -9,7 +9,8 @@ import textwrap
 import time
 
 import torch
-from conftest import ROOT, build, environment, nox, page, run, write_tutorial
+from conftest import ROOT, environment, nox, run
+from small import build, page, write_tutorial
 
 
 def moment(site, name):

@@ -15,14 +15,11 @@ from conftest import (
     GPU,
     MACHINE,
     ROOT,
-    build,
     environment,
     imagine,
-    make_small,
-    page,
     run,
-    write_tutorial,
 )
+from small import build, make_small, page, write_tutorial
 
 import runner
 

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 from bs4 import BeautifulSoup
-from conftest import build, imagine, make_small
+from conftest import imagine
 from PIL import Image
+from small import build, make_small
 
 ADDRESS = "https://example.org/ensembles"
 
