@@ -2,8 +2,10 @@
 
 A recording is an executed notebook (see ``runner.py``). Its outputs stand under the
 code cells for as long as a cell and all code before it are the same; what comes after
-is not shown. Where all machines agree, one output stands; where they differ, each has
-a tab, accelerators first. A machine that built the page needs no recording of it.
+is not shown. An outdated recording shows nothing where one of its kind, with or without
+an accelerator, is current. Where all machines agree, one output stands; where they
+differ, each has a tab, accelerators first, of the others the newest first. A machine
+that built the page needs no recording of it.
 """
 
 import hashlib
@@ -155,42 +157,44 @@ def outdated(app, env, added, changed, removed):
     return env.found_docs if state != before else []
 
 
-def recorded(app, tutorial):
-    """Of each recording of a page: path, Source, seconds, current and all cells."""
-    cells = runner.split(
-        (runner.TUTORIALS / f"{tutorial}.py").read_text(encoding="utf-8")
-    )
+def has_no_accelerator(machine):
+    return machine["accelerator"] is None
+
+
+def recorded(app, tutorial, own=None):
+    """Of each recording of a page: path, Source, seconds, current and all cells.
+
+    But for those of the machine that built the page, whose Source is own.
+    """
+    text = (runner.TUTORIALS / f"{tutorial}.py").read_text(encoding="utf-8")
+    cells = runner.split(text)
     total = len(runner.code_of(cells))
+    found, current_kinds = [], {has_no_accelerator(own.machine)} if own else set()
     for path, (machine, seconds, notebook, outputs) in app.recordings.items():
-        if path.parts[-2:] == (
-            *tutorial.split("/")[:1],
-            f"{tutorial.split('/')[1]}.ipynb",
-        ):
+        if path.match(f"{tutorial}.ipynb"):
             current = runner.current(notebook, cells)
             source = Source(machine, path.parts[-3], outputs[:current])
-            yield path, source, seconds, current, total
-
-
-def without_this_machine(sources, own):
-    """The recorded sources but for those of the machine that built the page."""
+            found.append((path, source, seconds, current, total))
+            if current == total:
+                current_kinds.add(has_no_accelerator(machine))
     here = own and runner.hardware(own.machine)
-    return [source for source in sources if runner.hardware(source.machine) != here]
+    for path, source, seconds, current, total in found:
+        if current < total and has_no_accelerator(source.machine) in current_kinds:
+            source = source._replace(outputs=[])
+        if runner.hardware(source.machine) != here:
+            yield path, source, seconds, current, total
 
 
 def in_order(entries):
     """Entries that begin with a Source: accelerators, then this build, then others."""
 
     def key(entry):
-        source = entry[0]
-        name = runner.short_name(source.machine)
-        return (
-            source.machine["accelerator"] is None,
-            source.name != OWN,
-            name,
-            source.name,
-        )
+        machine, name, _ = entry[0]
+        label = "" if has_no_accelerator(machine) else runner.short_name(machine)
+        return has_no_accelerator(machine), name != OWN, label
 
-    return sorted(entries, key=key)
+    newest = sorted(entries, key=lambda entry: entry[0].machine["date"], reverse=True)
+    return sorted(newest, key=key)
 
 
 # --- showing ----------------------------------------------------------------------
@@ -268,14 +272,13 @@ def join(app, doctree):
     if gallery.executes(app) and gallery.running_time(doctree) is not None:
         machine = figures.read(Path(app.srcdir, f"{app.env.docname}.py"))["machine"]
         own = Source(machine, OWN, [own_outputs(shown) for _, shown in cells])
-    known = list(recorded(app, tutorial))
-    shown = without_this_machine([source for _, source, *_ in known], own)
+    known = list(recorded(app, tutorial, own))
     doctree["recorded"] = [
         (path.relative_to(runner.ROOT).as_posix(), source.machine, *rest)
         for path, source, *rest in known
-        if source in shown
     ]
-    sources = shown + [own] * (own is not None)
+    sources = [source for _, source, *_ in known if source.outputs]
+    sources += [own] * (own is not None)
     for number, (block, former) in enumerate(cells):
         for node in former:
             block.parent.remove(node)
@@ -301,8 +304,7 @@ def figures_of(app, tutorial):
             (Path(app.srcdir, uri.lstrip("/")), alt) for uri, alt in ran["figures"]
         ]
         found.append((own, drawn))
-    sources = [source for _, source, *_ in recorded(app, tutorial)]
-    for source in without_this_machine(sources, own):
+    for _, source, *_ in recorded(app, tutorial, own):
         outputs = [output for cell in source.outputs for output in cell]
         found.append(
             (source, [figure for kind, _, figure in outputs if kind == "figure"])
