@@ -1,10 +1,13 @@
-"""Small made-up sites: two tutorials in place of the repository's own."""
+"""Small made-up sites, built in a warm process: two tutorials stand for all.
+
+Alpha is recorded on an imaginary GPU. Beta refers to alpha.
+"""
 
 import shutil
 
 import pytest
 import warm
-from conftest import copy_repository
+from conftest import copy_repository, imagine
 
 import noxfile
 
@@ -12,27 +15,41 @@ SMALL_TUTORIAL = '''"""
 {title}
 =====
 
-The {title} of this small gallery draws one line and prints when it ran.
+The {title} of this small gallery `draws <https://pytorch.org>`_ :math:`x^2`.
 """
 
 # %%
-# Text before code.
+# {text}
 
 import time
 import matplotlib.pyplot as plt
 {code}
+x = 1
 print("{title} ran at", time.time_ns())
+
+# %%
+# Second
+# ------
+
 fig, ax = plt.subplots()
 _ = ax.plot([1, 2])
 {label}
+
+# %%
+# Third
+# -----
+
+print(f"x is {{x}}")
 '''
-LABEL = 'fig.set_label("A line that rises from left to right, made up for a test.")'
+LABEL = 'fig.set_label("A line that rises.")'
 
 
-def write_tutorial(site, name, code="", label=LABEL):
-    """Write a tutorial of one code cell into a small site."""
+def write_tutorial(site, name, code="", label=LABEL, text="See ``plot_alpha.py``."):
+    """Write a tutorial of three cells into a small site: it prints, draws, prints."""
     path = site / "tutorials" / "basics" / f"plot_{name}.py"
-    path.write_text(SMALL_TUTORIAL.format(title=name, code=code, label=label))
+    path.write_text(
+        SMALL_TUTORIAL.format(title=name, code=code, label=label, text=text)
+    )
     return path
 
 
@@ -44,9 +61,11 @@ def make_small(folder):
         (site / name / "GALLERY_HEADER.rst").write_text("Title\n=====\n\nText.\n")
     for name in ["alpha", "beta"]:
         write_tutorial(site, name)
+    imagine(site, "basics/plot_alpha", say="x is 1\n")
     (site / "index.rst").write_text(
         "Small\n=====\n\nHere is text.\n\n"
         ".. tutorial-figure:: basics/plot_alpha 1\n\n"
+        ".. tutorial-figure:: basics/plot_beta 1\n\n"
         ".. toctree::\n\n   auto_tutorials/index\n"
     )
     return site

@@ -7,10 +7,46 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import pytest
 import torch
-from conftest import ROOT, environment, nox, run
+import warm
+from conftest import ROOT, environment, run
 from small import build, page, write_tutorial
+
+import noxfile
+import runner
+from _ext import gallery
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """Do a task of the noxfile in a small site, Sphinx in a warm process.
+
+    What fails is raised; else what the task says is returned.
+    """
+
+    def stop(text):
+        raise RuntimeError(text)
+
+    def do(site, name, *arguments):
+        for constant, folder in [("ROOT", ""), ("TUTORIALS", "tutorials")]:
+            monkeypatch.setattr(noxfile, constant, site / folder)
+        monkeypatch.setattr(noxfile, "BUILD", site / "_build")
+
+        def run_sphinx(*command):
+            done = warm.build(site, command[3:])  # after python -m sphinx
+            if done.returncode:
+                stop(done.output)
+
+        session = MagicMock(posargs=arguments)
+        session.run, session.error = run_sphinx, stop
+        getattr(noxfile, name)(session)
+        return str(session.log.call_args)
+
+    return do
 
 
 def moment(site, name):
@@ -19,105 +55,88 @@ def moment(site, name):
     return found and int(found[1])
 
 
-def test_build_pattern_and_noplot(small):
-    done = nox("html", cwd=small)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "_build/html/index.html" in done.stderr, "it says how to open the site"
-    first = {name: moment(small, name) for name in ["alpha", "beta"]}
-    index = (small / "_build/html/index.html").read_text()
-    assert 'alt="A line that rises from left to right, made up for a test."' in index
+def test_noplot_pattern_and_clean(built, task):
+    first = {name: moment(built, name) for name in ["alpha", "beta"]}
+    index = built / "_build/html/index.html"
+    assert 'alt="A line that rises."' in index.read_text()
+    assert "appears here after" not in index.read_text()
 
-    assert nox("html", "--", "bet", cwd=small).returncode == 0
-    assert moment(small, "alpha") == first["alpha"]
-    assert moment(small, "beta") > first["beta"]
+    task(built, "html_noplot")
+    assert moment(built, "alpha") is moment(built, "beta") is None
+    assert "built without running" in page(built, "beta")
+    assert "appears here after" in index.read_text()
 
-    assert nox("html-noplot", cwd=small).returncode == 0
-    assert moment(small, "alpha") is None
-    assert "built without running" in page(small, "alpha")
-    assert "appears here after" in (small / "_build/html/index.html").read_text()
+    says = task(built, "html", "bet")
+    assert "_build/html/index.html" in says, "it says how to open the site"
+    assert moment(built, "alpha") == first["alpha"], "its outputs come back"
+    assert moment(built, "beta") > first["beta"]
 
-    assert build(small, "-Dplot_gallery=1").returncode == 0
-    assert moment(small, "alpha") == first["alpha"], "the outputs come back"
-
-    assert nox("clean", cwd=small).returncode == 0
-    assert not (small / "_build").exists()
-    assert not (small / "auto_tutorials").exists()
+    task(built, "clean")
+    assert not (built / "_build").exists()
+    assert not (built / "auto_tutorials").exists()
 
 
-def test_deleted_tutorial_leaves_the_site(built):
-    (built / "tutorials/basics/plot_beta.py").unlink()
-    done = build(built)
-    assert done.returncode == 0, done.output
-    assert page(built, "alpha")
-    assert not list((built / "_build/html/auto_tutorials").rglob("plot_beta*"))
-
-
-def test_unknown_pattern_lists_the_tutorials(small):
-    done = nox("html", "--", "gamma", cwd=small)
-    assert done.returncode != 0
+def test_unknown_pattern_lists_the_tutorials(small, task):
+    with pytest.raises(RuntimeError) as raised:
+        task(small, "html", "gamma")
     for words in ["PATTERN=gamma", "basics/plot_alpha.py", "basics/plot_beta.py"]:
-        assert words in done.stderr
+        assert words in str(raised.value)
 
 
-def test_failing_tutorials_are_all_named_and_the_former_pages_stay(small):
-    assert nox("html", cwd=small).returncode == 0
-    before = page(small, "alpha"), page(small, "beta")
-    write_tutorial(small, "alpha", code="raise ValueError('alpha is broken')")
-    write_tutorial(small, "beta", code="assert 1 + 1 == 3, 'beta is wrong'")
-    done = nox("html", cwd=small)
-    assert done.returncode != 0
-    for words in ["plot_alpha.py", "alpha is broken", "plot_beta.py", "beta is wrong"]:
-        assert words in done.stdout + done.stderr
-    assert (page(small, "alpha"), page(small, "beta")) == before
-
-
-def test_figure_without_alternative_text_names_file_and_line(built):
+def test_failing_tutorials_are_all_named_and_the_former_pages_stay(built, task):
+    before = page(built, "alpha"), page(built, "beta")
+    write_tutorial(built, "alpha", code="raise ValueError('alpha is broken')")
     write_tutorial(built, "beta", label="")
-    done = build(built)
-    assert done.returncode != 0
-    assert re.search(r"plot_beta\.py:\d+: .*alternative text", done.output)
-    done = run(sys.executable, "runner.py", "--show", "plot_beta", cwd=built)
-    assert re.search(r"plot_beta\.py:\d+: .*alternative text", done.stderr)
+    with pytest.raises(RuntimeError) as raised:
+        task(built, "html")
+    assert "plot_alpha.py" in str(raised.value)
+    assert "alpha is broken" in str(raised.value)
+    assert re.search(r"plot_beta\.py:\d+: .*alternative text", str(raised.value))
+    assert (page(built, "alpha"), page(built, "beta")) == before
 
 
-def test_page_whose_run_is_lost_fails_the_build(built):
-    generated = built / "auto_tutorials" / "basics" / "plot_alpha.rst"
+def test_a_new_title_reaches_its_links_and_each_warning_fails_the_build(built):
+    write_tutorial(built, "alpha", text="See ``plot_nowhere.py``.")
+    alpha = built / "tutorials/basics/plot_alpha.py"
+    title = "A new title\n==========="
+    alpha.write_text(alpha.read_text().replace("alpha\n=====", title))
+    generated = built / "auto_tutorials/basics/plot_beta.rst"
     text = generated.read_text()
     generated.chmod(0o644)
     generated.write_text(re.sub(r"\.\. rst-class:: sphx-glr-timing\n\n.*\n", "", text))
     done = build(built)
     assert done.returncode != 0
-    assert re.search("plot_alpha.*the tutorial did not run", done.output)
+    assert "there is no tutorial plot_nowhere.py to link to" in done.output
+    assert re.search("plot_beta.*the tutorial did not run", done.output)
+    assert "See <a" in page(built, "beta")
+    assert "A new title</a>." in page(built, "beta")
 
 
-def test_two_pages_of_one_name_are_refused(built):
-    folder = built / "tutorials" / "speed"
-    folder.mkdir()
-    (folder / "GALLERY_HEADER.rst").write_text("Speed\n=====\n\nText.\n")
-    write_tutorial(built, "alpha").rename(folder / "plot_beta.py")
-    write_tutorial(built, "alpha")
-    done = build(built)
-    assert done.returncode != 0
-    assert "two tutorials have the same file name: ['plot_beta']" in done.output
+def test_deleted_tutorials_leave_the_site_and_two_of_one_name_are_refused(
+    tmp_path, monkeypatch
+):
+    from sphinx.errors import ExtensionError
+
+    monkeypatch.setattr(runner, "TUTORIALS", tmp_path / "tutorials")
+    app = SimpleNamespace(srcdir=tmp_path, outdir=tmp_path / "_build")
+    generated = [
+        folder / "auto_tutorials/basics" / name
+        for folder in [app.srcdir, app.outdir]
+        for name in ["plot_alpha.html", "plot_beta.html", "plot_beta.codeobj.json"]
+    ]
+    for path in [tmp_path / "tutorials/basics/plot_alpha.py", *generated]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    gallery.forget_deleted(app)
+    assert {path.name for path in generated if path.exists()} == {"plot_alpha.html"}
+
+    (tmp_path / "tutorials/speed").mkdir()
+    (tmp_path / "tutorials/speed/plot_alpha.py").touch()
+    with pytest.raises(ExtensionError, match=r"same file name: \['plot_alpha'\]"):
+        gallery.forget_deleted(app)
 
 
-def test_new_title_reaches_the_pages_that_link_to_it(built):
-    beta = built / "tutorials/basics/plot_beta.py"
-    beta.write_text(
-        beta.read_text().replace("Text before", "See ``plot_alpha.py``. It")
-    )
-    assert build(built).returncode == 0
-    write_tutorial(built, "alpha")
-    alpha = built / "tutorials/basics/plot_alpha.py"
-    alpha.write_text(
-        alpha.read_text().replace("alpha\n=====", "A new title\n===========")
-    )
-    done = build(built)
-    assert done.returncode == 0, done.output
-    assert "A new title</a>. It code" in page(built, "beta")
-
-
-def test_no_state_passes_from_one_tutorial_to_the_next(small):
+def test_no_state_passes_from_one_tutorial_to_the_next(built):
     states = [
         "torch.is_grad_enabled()",
         "torch.get_default_dtype()",
@@ -141,22 +160,22 @@ torch.manual_seed(7)
 plt.rcParams["lines.linewidth"] = 9
 open(os.environ["TORCHINDUCTOR_CACHE_DIR"] + "/compiled", "w").close()
 """
-    write_tutorial(small, "alpha", code=show + disturb)
-    write_tutorial(small, "beta", code=show)
-    (small / "tutorials/basics/helper.py").write_text("'''No page.'''\n")
-    done = build(small)
+    write_tutorial(built, "alpha", code=show + disturb)
+    write_tutorial(built, "beta", code=show)
+    (built / "tutorials/basics/helper.py").write_text("'''No page.'''\n")
+    done = build(built)
     assert done.returncode == 0, done.output
     seen = {
-        name: re.findall(r"state: .*", page(small, name)) for name in ["alpha", "beta"]
+        name: re.findall(r"state: .*", page(built, name)) for name in ["alpha", "beta"]
     }
     assert len(seen["alpha"]) == len(states)
     assert seen["alpha"] == seen["beta"]
-    output = page(small, "alpha").rpartition('class="sphx-glr-script-out')[2]
+    output = page(built, "alpha").rpartition('class="sphx-glr-script-out')[2]
     assert "chatter" not in output, "stderr stands on no page"
     assert "a library's chatter" in done.output, "and is not lost"
 
 
-def test_interrupted_build_continues(small):
+def test_interrupted_build_continues(small, task):
     started = small / "started"
     wait = f"from pathlib import Path\nif not Path({str(started)!r}).exists():\n"
     wait += f"    Path({str(started)!r}).touch()\n    time.sleep(120)"
@@ -180,8 +199,7 @@ def test_interrupted_build_continues(small):
 
     alpha = small / "auto_tutorials" / "basics" / "plot_alpha.rst"
     ran = re.search(r"alpha ran at (\d+)", alpha.read_text())[1]
-    done = build(small)
-    assert done.returncode == 0, done.output
+    task(small, "html")
     assert moment(small, "alpha") == int(ran), "a finished tutorial ran again"
     assert moment(small, "beta")
 

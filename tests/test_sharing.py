@@ -1,11 +1,9 @@
 """A site whose address and repository are known: how it is found and shared."""
 
 import re
-import shutil
 
 import pytest
 from bs4 import BeautifulSoup
-from conftest import imagine
 from PIL import Image
 from small import build, make_small
 
@@ -14,9 +12,8 @@ ADDRESS = "https://example.org/ensembles"
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """A small site with an address, a repository and a recording."""
+    """A small site with an address and a repository; nothing ran."""
     site = make_small(tmp_path_factory.mktemp("shared") / "site")
-    imagine(site, "basics/plot_alpha")
     done = build(
         site,
         *["-Dplot_gallery=0", f"-Dhtml_baseurl={ADDRESS}/"],
@@ -73,16 +70,17 @@ def test_links_to_the_repository(shared):
     assert "Open in Colab" not in beta.text
 
 
-def test_without_a_repository_nothing_links_to_one(built):
-    page = soup(built, "auto_tutorials/basics/plot_alpha")
+def test_without_a_repository_nothing_links_to_one(built_once):
+    page = soup(built_once, "auto_tutorials/basics/plot_alpha")
     assert not page.select("a[href*=github], a[href*=colab]")
 
 
-def test_notebooks_link_to_the_pages_of_the_site(shared, tmp_path):
-    site = shutil.copytree(shared, tmp_path / "site")
-    path = site / "tutorials/basics/plot_alpha.py"
-    path.write_text(path.read_text().replace("Text before code.", "``plot_beta.py``"))
-    done = build(site, "-Dplot_gallery=0", f"-Dhtml_baseurl={ADDRESS}/")
-    assert done.returncode == 0, done.output
-    notebook = (site / "auto_tutorials/basics/plot_alpha.ipynb").read_text()
-    assert f"[`plot_beta.py`]({ADDRESS}/auto_tutorials/basics/plot_beta" in notebook
+def test_notebooks_link_to_the_pages_of_the_site(shared):
+    notebook = (shared / "auto_tutorials/basics/plot_beta.ipynb").read_text()
+    assert f"[`plot_alpha.py`]({ADDRESS}/auto_tutorials/basics/plot_alpha" in notebook
+
+
+def test_the_recorded_notebook_is_offered(shared):
+    alpha = soup(shared, "auto_tutorials/basics/plot_alpha")
+    link = alpha.select_one(".ran-on a[download]")
+    assert (shared / "_build/html/auto_tutorials/basics" / link["href"]).exists()
