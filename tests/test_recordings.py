@@ -119,24 +119,15 @@ def test_tabs_stand_where_machines_differ_and_only_there(alpha):
 
 
 def test_order_of_tabs():
-    sources = [
-        recordings.Source(machine, name, [])
-        for machine, name in [
-            (CPU, "older"),
-            (OTHER_CPU, "newer"),
-            (CPU, recordings.OWN),
-            (MACHINE, "gpu"),
-            (OTHER_GPU, "another"),
-        ]
-    ]
+    machines = {"older": CPU, "newer": OTHER_CPU, recordings.OWN: CPU}
+    machines |= {"gpu": MACHINE, "another": OTHER_GPU}
+    sources = [recordings.Source(machines[name], name, []) for name in machines]
     ordered = recordings.in_order([(source,) for source in sources])
     names = [source.name for (source,) in ordered]
     assert names == ["another", "gpu", recordings.OWN, "newer", "older"]
     same = [(source._replace(machine=CPU), []) for source in sources[:2]]
-    labels = [
-        label.astext() for label in recordings.tab_set(same).findall(nodes.rubric)
-    ]
-    assert [label.rpartition(" ")[2] for label in labels] == ["(older)", "(newer)"]
+    labels = recordings.tab_set(same).findall(nodes.rubric)
+    assert [x.astext().rpartition(" ")[2] for x in labels] == ["(older)", "(newer)"]
 
 
 @pytest.mark.parametrize(
@@ -233,32 +224,18 @@ def test_the_recorded_notebook_can_be_had_and_says_what_it_needs(alpha):
 # --- what is refused --------------------------------------------------------------
 
 BAD = {
-    "cut off": (lambda text: text[:300], "damaged"),
-    "no notebook": (lambda text: text.replace('"cells"', '"cell"'), "damaged"),
-    "no machine": (lambda text: text.replace('"machine"', '"device"'), "damaged"),
-    "script": (lambda text: text.replace("<defs/>", "<script/>"), "foreign element"),
-    "event": (lambda text: text.replace("<defs/>", "<g onload='x'/>"), "event handler"),
-    "link": (lambda text: text.replace("<defs/>", "<a/>"), "foreign element"),
-    "other host": (
-        lambda text: text.replace("<defs/>", "<image href='https://x.org/y.png'/>"),
-        "another file",
-    ),
-    "style": (
-        lambda text: text.replace("stroke: c", "stroke: url(//x) c"),
-        "another file",
-    ),
+    "cut off": lambda text: text[:300],
+    "no notebook": lambda text: text.replace('"cells"', '"cell"'),
+    "no machine": lambda text: text.replace('"machine"', '"device"'),
 }
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_damaged_or_unsafe_notebook_stops_the_build(how, alpha):
+def test_damaged_notebook_stops_the_build(how, alpha):
     path = imagine(runner.ROOT, "basics/plot_alpha")
     recordings.read(path)
-    change, words = BAD[how]
-    sound = path.read_text()
-    path.write_text(change(sound))
-    assert path.read_text() != sound
-    with pytest.raises(ExtensionError, match=words) as raised:
+    path.write_text(BAD[how](path.read_text()))
+    with pytest.raises(ExtensionError, match="damaged") as raised:
         recordings.read(path)
     for part in ["gpu/basics/plot_alpha.ipynb", "git", "python runner.py plot_alpha"]:
         assert part in str(raised.value)
