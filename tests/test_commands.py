@@ -15,6 +15,7 @@ import torch
 import warm
 from conftest import ROOT, environment, run
 from small import build, page, write_tutorial
+from sphinx.errors import ExtensionError
 
 import noxfile
 import runner
@@ -112,26 +113,18 @@ def test_a_new_title_reaches_its_links_and_each_warning_fails_the_build(built):
     assert "A new title</a>." in page(built, "beta")
 
 
-def test_deleted_tutorials_leave_the_site_and_two_of_one_name_are_refused(
-    tmp_path, monkeypatch
+def test_deleted_tutorials_leave_the_site_two_of_one_name_are_refused(
+    built, monkeypatch
 ):
-    from sphinx.errors import ExtensionError
-
-    monkeypatch.setattr(runner, "TUTORIALS", tmp_path / "tutorials")
-    app = SimpleNamespace(srcdir=tmp_path, outdir=tmp_path / "_build")
-    generated = [
-        folder / "auto_tutorials/basics" / name
-        for folder in [app.srcdir, app.outdir]
-        for name in ["plot_alpha.html", "plot_beta.html", "plot_beta.codeobj.json"]
-    ]
-    for path in [tmp_path / "tutorials/basics/plot_alpha.py", *generated]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    monkeypatch.setattr(runner, "TUTORIALS", built / "tutorials")
+    app = SimpleNamespace(srcdir=built, outdir=built / "_build/html")
+    (built / "tutorials/basics/plot_beta.py").unlink()
     gallery.forget_deleted(app)
-    assert {path.name for path in generated if path.exists()} == {"plot_alpha.html"}
-
-    (tmp_path / "tutorials/speed").mkdir()
-    (tmp_path / "tutorials/speed/plot_alpha.py").touch()
+    for folder in [app.srcdir, app.outdir]:
+        left = (folder / "auto_tutorials/basics").glob("plot_*")
+        assert {path.name.partition(".")[0] for path in left} == {"plot_alpha"}
+    (built / "tutorials/speed").mkdir()
+    (built / "tutorials/speed/plot_alpha.py").touch()
     with pytest.raises(ExtensionError, match=r"same file name: \['plot_alpha'\]"):
         gallery.forget_deleted(app)
 
