@@ -4,33 +4,14 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from pages import names_of
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-
-class SimpleCNN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3)
-        self.conv2 = nn.Conv2d(32, 64, 3)
-        self.fc1 = nn.Linear(9216, 128)
-        self.fc2 = nn.Linear(128, 10)
-
-    def forward(self, x):
-        x = F.relu(self.conv1(x))
-        x = F.relu(self.conv2(x))
-        x = F.max_pool2d(x, 2).flatten(1)
-        return self.fc2(F.relu(self.fc1(x)))
-
-
-with torch.device("meta"):
-    SKELETON = SimpleCNN()
-
-
-def predict(params, buffers, x):
-    return functional_call(SKELETON, (params, buffers), (x,), strict=True)
+PAGE = names_of("basics/plot_ensembling", "SimpleCNN", "predict")
+SimpleCNN, predict = PAGE["SimpleCNN"], PAGE["predict"]
+PAGE["skeleton"] = SimpleCNN().to("meta")
 
 
 def loop(models, x, in_dim):
@@ -51,12 +32,12 @@ def no_grad():
 @pytest.fixture
 def models():
     torch.manual_seed(0)
-    return [SimpleCNN() for _ in range(10)]
+    return [SimpleCNN() for _ in range(4)]
 
 
 @pytest.fixture
 def data():
-    return torch.randn(10, 4, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, 2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
 
 
 OPTIONS = pytest.mark.parametrize("in_dim", [0, None], ids=["own", "shared"])
@@ -102,12 +83,12 @@ def test_a_change_of_a_model_does_not_reach_the_stack(models):
 def test_a_shared_minibatch_without_none_is_refused_unless_sizes_agree(models, data):
     with pytest.raises(ValueError, match="same size in the mapped dimension"):
         vmap(predict)(*stack_module_state(models), data[0])
-    linear = [nn.Linear(6, 3) for _ in range(10)]
-    images = torch.randn(10, 6)  # shared, but as many as models: no error
+    linear = [nn.Linear(6, 3) for _ in range(4)]
+    images = torch.randn(4, 6)  # shared, but as many as models: no error
     out = vmap(lambda p, x: functional_call(linear[0], p, (x,)))(
         stack_module_state(linear)[0], images
     )
-    assert out.shape == (10, 3)  # and not [10, 10, 3]
+    assert out.shape == (4, 3)  # and not [4, 4, 3]
 
 
 def test_python_runs_once_for_all_models(data):

@@ -4,14 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from pages import names_of
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-
-def loop(models, minibatches):
-    return torch.stack([m(x) for m, x in zip(models, minibatches, strict=True)])
+loop = names_of("speed/plot_fastest_ensemble", "loop")["loop"]
 
 
 @pytest.fixture(autouse=True)
@@ -19,26 +17,6 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def test_loop_and_vmap_do_the_same_number_of_operations():
-    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
-    models = [nn.Sequential(*layers) for _ in range(3)]
-    minibatches = torch.randn(3, 2, 1, 8, 8)
-    params, buffers = stack_module_state(models)
-
-    def predict(params, buffers, x):
-        return functional_call(models[0], (params, buffers), (x,), strict=True)
-
-    counts = []
-    for way in [
-        lambda: loop(models, minibatches),
-        lambda: vmap(predict)(params, buffers, minibatches),
-    ]:
-        with FlopCounterMode(display=False) as counter:
-            way()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
 
 
 # The ninth combination is right but uncompiled, and nothing is raised.
@@ -71,7 +49,7 @@ def count_compiled(function, calls):
     return count
 
 
-SIZES = [32, 16, 8, 5, 7, 9]
+SIZES = [8, 4, 2, 5]
 
 
 def test_batch_sizes_take_the_loop_three_forms_but_vmap_of_convolutions_one_each():
@@ -123,15 +101,15 @@ def test_autocast_converts_weights_without_gradients_in_every_call(grad, second)
         assert counter.conversions == 3 + second
 
 
-# Linear layers alone call a library, so this needs no C++ compiler.
+# The graphs of the compiler, run by PyTorch's own operators: no C++ is compiled.
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # torch's own
 def test_compiled_loop_follows_its_weights():
     models = [nn.Linear(3, 2).requires_grad_(False) for _ in range(2)]
     x = torch.ones(1, 3)
-    compiled = torch.compile(lambda models, x: [model(x) for model in models])
-    before = compiled(models, x)
+    compiled = torch.compile(loop, backend="aot_eager")
+    before = compiled(models, [x, x])
     models[1].weight += 1
-    after = compiled(models, x)
+    after = compiled(models, [x, x])
     assert torch.equal(after[0], before[0])
     assert torch.allclose(after[1], before[1] + 3)
 

@@ -5,39 +5,19 @@ import inspect
 import re
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from pages import names_of, text_of
 from torch import nn
 from torch.func import functional_call, grad, grad_and_value, stack_module_state, vmap
 
-PAGE = Path(__file__).parents[2] / "tutorials" / "basics" / "plot_from_functorch.py"
+PAGE = "basics/plot_from_functorch"
+Net = names_of(PAGE, "Net")["Net"]
+Tied = names_of("training/plot_state", "Tied")["Tied"]
 N = 4
 
 pytestmark = pytest.mark.filterwarnings("ignore:We've integrated functorch")
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(6, 16)
-        self.norm = nn.BatchNorm1d(16)
-        self.fc2 = nn.Linear(16, 3)
-
-    def forward(self, x):
-        return self.fc2(self.norm(self.fc1(x)).relu())
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens):
-        return self.head(self.embed(tokens))
 
 
 class First(nn.Module):
@@ -75,11 +55,11 @@ def state_of(model):
 
 def first_half():
     """The page's code up to the part on JAX; nothing behind it uses functorch."""
-    before, heading, after = PAGE.read_text("utf-8").partition("# From JAX, Flax and")
+    before, heading, after = text_of(PAGE).partition("# From JAX, Flax and")
     assert heading
     assert "import functorch" not in after
     assert "from functorch import" not in after
-    return compile(before, str(PAGE), "exec")
+    return compile(before, PAGE, "exec")
 
 
 @pytest.mark.parametrize(
@@ -203,12 +183,8 @@ def test_a_skeleton_is_in_train_mode_and_the_old_function_in_that_of_the_models(
     functorch, models, x
 ):
     expected = torch.stack([m(rows) for m, rows in zip(models, x, strict=True)])
-    with torch.device("meta"):
-        skeleton = Net()
-
-    def fmodel(params, buffers, x):
-        return functional_call(skeleton, (params, buffers), (x,), strict=True)
-
+    skeleton = Net().to("meta")
+    fmodel = names_of(PAGE, "fmodel", skeleton=skeleton)["fmodel"]
     old = functorch.vmap((combined := functorch.combine_state_for_ensemble(models))[0])
     torch.testing.assert_close(old(*combined[1:], x), expected.detach())
     assert (vmap(fmodel)(*stack_module_state(models), x) - expected).abs().max() > 1e-3
@@ -232,28 +208,18 @@ def test_a_tensor_left_out_was_an_error_and_is_now_that_of_the_module(
         functional_call(models[0], (params, buffers), (x[0],), strict=True)
 
 
-def test_both_keep_a_tie_but_a_copy_moved_to_meta_loses_it(functorch):
+def test_both_keep_a_tie(functorch):
+    """And a skeleton copied to meta loses it: test_state.py."""
     tied = [Tied() for _ in range(N)]
     tokens = torch.arange(5 * N).reshape(N, 5) % 11
     expected = torch.stack([m(row) for m, row in zip(tied, tokens, strict=True)])
     fmodel, *state = functorch.combine_state_for_ensemble(tied)
     assert len(state[0]) == 1
     torch.testing.assert_close(functorch.vmap(fmodel)(*state, tokens), expected.data)
-
-    def call(skeleton, strict=True):
-        def one(params, buffers, x):
-            return functional_call(skeleton, (params, buffers), (x,), strict=strict)
-
-        return vmap(one)(*stack_module_state(tied), tokens)
-
     with torch.device("meta"):
-        built = Tied()
-    torch.testing.assert_close(call(built), expected)
-    copied = copy.deepcopy(tied[0]).to("meta")
-    with pytest.raises(RuntimeError, match=r"Missing key.*'head.weight'"):
-        call(copied)
-    found = call(copied, strict=False)  # no error, and the values are anything
-    assert not torch.equal(found, expected)
+        skeleton = Tied()
+    new = names_of(PAGE, "fmodel", skeleton=skeleton)["fmodel"]
+    torch.testing.assert_close(vmap(new)(*stack_module_state(tied), tokens), expected)
 
 
 def test_a_tuple_as_argument_is_taken_for_two_arguments(functorch):
@@ -285,9 +251,7 @@ def test_in_dims_takes_a_dictionary_as_in_axes_takes_a_pytree(models, x):
     params["fc2.bias"] = params["fc2.bias"][0]  # shared by all members
     in_dims = {name: 0 for name in params} | {"fc2.bias": None}
 
-    def fmodel(params, buffers, x):
-        return functional_call(models[0], (params, buffers), (x,), strict=True)
-
+    fmodel = names_of(PAGE, "fmodel", skeleton=models[0])["fmodel"]
     found = vmap(fmodel, in_dims=(in_dims, 0, None))(params, buffers, x[0])
     shift = models[0].fc2.bias
     expected = torch.stack([m(x[0]) - m.fc2.bias + shift for m in models])

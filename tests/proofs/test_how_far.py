@@ -1,13 +1,9 @@
 """What plot_how_far.py says in a clause, with the functions of that page."""
 
-import itertools
-import json
-
 import pytest
 import torch
-from pages import functions_of, names_of
+from pages import functions_of, names_of, peak_bytes
 from processes import WAITING, check_that_an_interrupt_leaves_nothing, finished
-from torch.profiler import ProfilerActivity, profile
 
 FUNCTIONS = functions_of("scale/plot_how_far")
 
@@ -74,7 +70,7 @@ def test_a_member_that_does_not_fit_is_refused(page):
 
 
 @pytest.mark.parametrize("num_models", [50, 200])
-def test_the_peak_of_memory_is_within_a_tenth_of_the_count(page, num_models, tmp_path):
+def test_the_peak_of_memory_is_within_a_tenth_of_the_count(page, num_models):
     params, x, y = page["begin"](num_models)
     optimizer = torch.optim.Adam(params.values())
     page["train_step"](params, optimizer, x, y)
@@ -99,15 +95,7 @@ def test_the_peak_of_memory_is_within_a_tenth_of_the_count(page, num_models, tmp
         step = page["prepare"](num_models)
         step()
 
-    cpu = [ProfilerActivity.CPU]
-    with profile(activities=cpu, profile_memory=True, acc_events=True) as record:
-        call()
-    record.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    events = [event for event in events if event["name"] == "[memory]"]
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    peak = max(itertools.accumulate(sizes))
-    assert peak == pytest.approx(state + 2 * sum(saved.values()), rel=0.1)
+    assert peak_bytes(call) == pytest.approx(state + 2 * sum(saved.values()), rel=0.1)
 
 
 def test_a_process_that_raises_ends_the_others_and_its_message_arrives(tmp_path):

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch.func import functional_call, stack_module_state, vmap
+from pages import names_of
+from torch.func import stack_module_state, vmap
 
 NUM_MODELS, NUM_STEPS = 4, 25
 RATES = torch.logspace(-4, -1, NUM_MODELS, dtype=torch.float64)
@@ -12,26 +13,14 @@ NO_DECAY = torch.zeros(NUM_MODELS, dtype=torch.float64)
 
 
 def make_model():
+    """Smaller than that of the page, in float64, and smooth."""
     layers = torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
     return torch.nn.Sequential(*layers).double()
 
 
-SKELETON = make_model().to("meta")
-
-
-def loss_of(params, x, y):
-    logits = functional_call(SKELETON, params, (x,), strict=True)
-    return torch.nn.functional.cross_entropy(logits, y)
-
-
-def step_each(params, optimizer, rates, decays):
-    old = [p.detach().clone() for p in params.values()]
-    optimizer.step()
-    with torch.no_grad():
-        for p, before in zip(params.values(), old, strict=True):
-            rate = rates.view(-1, *[1] * (p.dim() - 1))
-            decay = decays.view_as(rate)
-            p.copy_(before + rate * (p - before) - rate * decay * before)
+PAGE = names_of("training/plot_hyperparameter_sweep", "loss_of", "step_each")
+PAGE["skeleton"] = make_model().to("meta")
+loss_of, step_each = PAGE["loss_of"], PAGE["step_each"]
 
 
 def distance(make, decays=NO_DECAY, step=step_each):

@@ -1,5 +1,6 @@
 """What plot_many_devices.py says in a clause, with the functions of that page."""
 
+import pytest
 import torch
 from pages import functions_of, names_of
 from processes import WAITING, check_that_an_interrupt_leaves_nothing, finished
@@ -8,6 +9,7 @@ FUNCTIONS = functions_of("scale/plot_many_devices")
 
 # Processes by fork, which need not import torch again; a file in place of a port.
 FORKED = """
+import torch._dynamo  # what the first step of an optimizer imports: once for all
 import torch.multiprocessing as mp
 from datetime import timedelta
 from torch.distributed.tensor.debug import CommDebugMode
@@ -94,6 +96,7 @@ def test_both_pages_split_members_and_draw_minibatches_alike():
         assert one[name].__code__.co_consts[1:] == other[name].__code__.co_consts[1:]
 
 
+@pytest.mark.slow
 def test_a_process_without_a_member_ends_all_and_its_message_arrives(tmp_path):
     # One member for two processes: the second has none, the first waits for it.
     worker = f"{FUNCTIONS}work(1, 1)\n"

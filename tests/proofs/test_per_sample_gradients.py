@@ -1,19 +1,16 @@
 """What plot_per_sample_gradients.py says about layers, memory and labels."""
 
-import itertools
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
-from pages import names_of
+from pages import names_of, peak_bytes
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.func import functional_call, grad, vmap
-from torch.profiler import ProfilerActivity, profile
+from torch.func import grad, vmap
 
 BATCH = 12
-losses_and_norms = names_of("beyond/plot_per_sample_gradients")["losses_and_norms"]
+PAGE = names_of("beyond/plot_per_sample_gradients")
+losses_and_norms = PAGE["losses_and_norms"]
 
 
 class Attention(nn.Module):  # a sequence through linear layers, and one used twice
@@ -57,26 +54,15 @@ def state_of(model):
     return params, dict(model.named_buffers())
 
 
-def loss_of(model):
-    def sample_loss(params, buffers, x, y):
-        logits = functional_call(model, (params, buffers), (x[None],), strict=True)
-        return F.cross_entropy(logits, y[None])
-
-    return sample_loss
-
-
 def gradients_of(model, x, y, **options):
-    every = vmap(grad(loss_of(model)), in_dims=(None, None, 0, 0), **options)
+    PAGE["model"] = model
+    every = vmap(grad(PAGE["sample_loss"]), in_dims=(None, None, 0, 0), **options)
     return every(*state_of(model), x, y)
 
 
 def norms_by_vmap(model, x, y, chunk_size):
-    def sample_norm(*args):
-        gradient = grad(loss_of(model))(*args)
-        return sum(g.square().sum() for g in gradient.values()).sqrt()
-
-    every = vmap(sample_norm, in_dims=(None, None, 0, 0), chunk_size=chunk_size)
-    return every(*state_of(model), x, y)
+    PAGE["model"] = model
+    return PAGE["norms_by_vmap"](*state_of(model), x, y, chunk_size)
 
 
 def gradients_by_loop(model, x, y):
@@ -195,22 +181,7 @@ def test_batch_norm_in_train_mode_is_refused(x, y):
     torch.testing.assert_close(gradients_of(silent, x, y), alone, rtol=0, atol=1e-12)
 
 
-@pytest.fixture
-def peak_bytes(tmp_path):
-    def peak(call):
-        cpu = [ProfilerActivity.CPU]
-        with profile(activities=cpu, profile_memory=True, acc_events=True) as record:
-            call()
-        record.export_chrome_trace(str(tmp_path / "trace.json"))
-        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-        events = [event for event in events if event["name"] == "[memory]"]
-        events.sort(key=lambda event: event["ts"])
-        return max(itertools.accumulate(e["args"]["Bytes"] for e in events))
-
-    return peak
-
-
-def test_the_peak_follows_the_gradients_held(peak_bytes):
+def test_the_peak_follows_the_gradients_held():
     # The squares of one tensor's gradients are a second copy of them for a moment.
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     x, y = torch.randn(256, 64), torch.arange(256) % 10

@@ -5,23 +5,10 @@ import math
 
 import pytest
 import torch
+from pages import functions_of, names_of
 
 SIZE = 8
-
-
-def exchange(params, optimizer, settings, losses, size):
-    members = torch.arange(len(losses), device=losses.device)
-    order = losses.nan_to_num(nan=torch.inf).view(-1, size).argsort(dim=1)
-    best, worst = order[:, : size // 4], order[:, -(size // 4) :]
-    source = members.view(-1, size)
-    source = source.scatter(1, worst, source.gather(1, best)).flatten()
-    with torch.no_grad():
-        for p in params.values():
-            for stacked in (p, *optimizer.state[p].values()):
-                if stacked.dim():
-                    stacked.copy_(stacked[source])
-    factor = 4 ** (2 * torch.rand(settings.shape) - 1).to(settings)
-    return settings[:, source] * factor.where(source != members, 1), source
+exchange = names_of("training/plot_population", "exchange")["exchange"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +57,7 @@ def test_losses_without_a_number_are_the_worst():
     assert sorted(source[[1, 5]].tolist()) == [3, 4]
 
 
-def test_members_can_change_places():
-    stacked = torch.arange(4.0)
-    stacked.copy_(stacked[torch.tensor([1, 0, 3, 2])])
-    assert stacked.tolist() == [1, 0, 3, 2]
+def test_the_step_is_that_of_the_sweep():
+    pages = "training/plot_population", "training/plot_hyperparameter_sweep"
+    steps = [functions_of(page, "step_each").partition("def ")[2] for page in pages]
+    assert steps[0] == steps[1]

@@ -1,18 +1,15 @@
 """What plot_recipes.py says: each recipe stands alone, and says what its page says."""
 
-import ast
 import random
 import re
 
 import pytest
 import torch
+from pages import cells_of, names_of, text_of
 from torch.func import vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-import runner
-
-CELLS = runner.split((runner.TUTORIALS / "basics/plot_recipes.py").read_text())
-CODE = [cell for cell in CELLS if cell.code]
+CODE = [cell for cell in cells_of("basics/plot_recipes") if cell.code]
 SETUP = [cell.code for cell in CODE if cell.heading == CODE[0].heading]
 RECIPES = {cell.heading: cell.code for cell in CODE if cell.code not in SETUP}
 
@@ -30,17 +27,6 @@ def ensemble():
     for code in SETUP:
         exec(code, names)
     return names
-
-
-def page(name):
-    return (runner.TUTORIALS / name).read_text(encoding="utf-8")
-
-
-def function(name, wanted, names):
-    """A function of another page, which finds there what ``names`` has."""
-    nodes = [n for n in ast.parse(page(name)).body if getattr(n, "name", "") == wanted]
-    exec(compile(ast.Module(nodes, []), name, "exec"), names)
-    return names[wanted]
 
 
 def same_text(text, changes=()):
@@ -95,11 +81,11 @@ def test_it_names_the_page_that_explains(heading):
 HERE = [("to(**float64)", "to(device)"), ("fc1.", "body.")]
 SHARED = {
     "Train all": (
-        "training/plot_training.py",
+        "training/plot_training",
         "optimizer.zero_grad()\nlosses.sum().backward()\noptimizer.step()",
     ),
     "Clip the": (
-        "training/plot_training.py",
+        "training/plot_training",
         "def clip_each(tensors, max_norm):\n"
         "norms = [p.grad.reshape(len(p), -1).norm(dim=1) for p in tensors]\n"
         "norms = torch.stack(norms).norm(dim=0)\n"
@@ -108,36 +94,36 @@ SHARED = {
         "p.grad.mul_(factors.view(-1, *[1] * (p.ndim - 1)))",
     ),
     "Freeze some": (
-        "training/plot_state.py",
+        "training/plot_state",
         "for name, p in params.items():\n"
         'p.requires_grad_(not name.startswith("body."))',
     ),
     "Freeze the": (
-        "training/plot_state.py",
+        "training/plot_state",
         "shared = {name: p[0].detach() "
         'for name, p in params.items() if "body." in name}\n'
         "own = {name: p for name, p in params.items() if name not in shared}\n"
         "in_dims = dict.fromkeys(shared, None) | dict.fromkeys(own, 0)",
     ),
     "Take member 3": (
-        "training/plot_saving.py",
+        "training/plot_saving",
         "member = Net().to(device)\n"
         "row = {name: tensor[3] for name, tensor in (params | buffers).items()}\n"
         "member.load_state_dict(row)",
     ),
     "Save the": (
-        "training/plot_saving.py",
+        "training/plot_saving",
         "torch.save((params, buffers), path)\n"
         "params, buffers = torch.load(path, map_location=device)",
     ),
     "Load ten": (
-        "training/plot_saving.py",
+        "training/plot_saving",
         "loaded = [Net().to(device) for _ in paths]\n"
         "for model, path in zip(loaded, paths, strict=True):\n"
         "model.load_state_dict(torch.load(path, map_location=device))",
     ),
-    "Split": ("speed/plot_memory.py", "vmap(predict, chunk_size=2)(params, buffers, "),
-    "Compile": ("speed/plot_fastest_ensemble.py", "= torch.compile(vmap(predict))"),
+    "Split": ("speed/plot_memory", "vmap(predict, chunk_size=2)(params, buffers, "),
+    "Compile": ("speed/plot_fastest_ensemble", "= torch.compile(vmap(predict))"),
 }
 
 
@@ -145,7 +131,7 @@ SHARED = {
 def test_it_has_the_lines_of_its_page(heading):
     where, lines = SHARED[heading]
     assert lines in same_text(recipe(heading))
-    assert lines in same_text(page(where), HERE)
+    assert lines in same_text(text_of(where), HERE)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
@@ -154,9 +140,7 @@ def test_the_learning_rates_are_those_of_the_sweep(ensemble, optimizer):
     code, *_ = recipe("A learning rate").partition("by_hand")
     options = "lr=1, weight_decay=0"
     exec(code.replace("SGD(", f"{optimizer}(").replace("lr=1", options), ensemble)
-    step_each = function(
-        "training/plot_hyperparameter_sweep.py", "step_each", {"torch": torch}
-    )
+    step_each = names_of("training/plot_hyperparameter_sweep", "step_each")["step_each"]
     for name, p in params.items():
         p.requires_grad_().grad = ensemble["params"][name].grad
     again = getattr(torch.optim, optimizer)(params.values(), lr=1, weight_decay=0)
@@ -169,13 +153,11 @@ def test_the_learning_rates_are_those_of_the_sweep(ensemble, optimizer):
 def test_the_stack_is_that_of_the_memory_page(ensemble):
     torch.manual_seed(1)
     exec(recipe("Stack without"), ensemble)
-    names = {**ensemble, "make_model": ensemble["Net"]}
-    stack = function("speed/plot_memory.py", "stack_one_at_a_time", names)
+    wanted = "stack_one_at_a_time"
+    names = names_of("speed/plot_memory", wanted, device=ensemble["device"])
     torch.manual_seed(1)
-    found, expected = (
-        (ensemble["params"], ensemble["buffers"]),
-        stack(ensemble["Net"], 10),
-    )
+    expected = names[wanted](ensemble["Net"], 10)
+    found = ensemble["params"], ensemble["buffers"]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.keys() == theirs.keys()
         for name, t in mine.items():
@@ -186,10 +168,9 @@ def test_the_stack_is_that_of_the_memory_page(ensemble):
 
 def test_disagreement_is_the_mutual_information_of_the_page(ensemble):
     exec(recipe("Mean and"), ensemble)
-    where, names = "uncertainty/plot_unknown_inputs.py", {"torch": torch}
-    for needed in "check_probs", "entropy", "mutual_information":
-        function(where, needed, names)
-    expected = names["mutual_information"](ensemble["probs"])
+    expected = names_of("uncertainty/plot_unknown_inputs")["mutual_information"](
+        ensemble["probs"]
+    )
     torch.testing.assert_close(ensemble["disagreement"], expected)
 
 

@@ -5,17 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import names_of
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.func import functional_call, stack_module_state, vmap
 
-
-def gaussian_nll(mean, var, y):
-    return 0.5 * ((2 * torch.pi * var).log() + (y - mean) ** 2 / var)
-
-
-def covered(mean, var, y):
-    return ((y - mean).abs() < 1.96 * var.sqrt()).float()
+PAGE = names_of("uncertainty/plot_regression")
+gaussian_nll, covered, mixture = map(PAGE.get, ["gaussian_nll", "covered", "mixture"])
+GaussianNet, member_loss = PAGE["GaussianNet"], PAGE["member_loss"]
+PAGE["skeleton"] = GaussianNet(2.3, 24.0).to("meta")
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +35,7 @@ def test_pytorchs_loss_is_refused_inside_vmap(outputs):
 
 def test_pytorchs_loss_outside_vmap_gives_each_member_the_same_gradient(outputs):
     mean, y, var = outputs
-    written = vmap(lambda m, y, v: (0.5 * (v.log() + (y - m) ** 2 / v)).mean())
-    own = torch.autograd.grad(written(*outputs).sum(), (mean, var))
+    own = torch.autograd.grad(gaussian_nll(mean, var, y).mean(dim=1).sum(), (mean, var))
     loss = F.gaussian_nll_loss(mean, y, var, reduction="none").mean(dim=1)
     theirs = torch.autograd.grad(loss.sum(), (mean, var))
     torch.testing.assert_close(own, theirs, atol=1e-14, rtol=1e-12)
@@ -53,8 +50,10 @@ def test_the_metrics_are_those_of_a_normal_distribution(outputs):
     assert abs(share - 0.95) < 0.003  # four standard errors
 
 
-def mixture(means, variances):
-    return means.mean(-2), variances.mean(-2), means.var(-2, correction=0)
+def test_the_loss_of_a_member_is_the_nll_without_its_constant():
+    net, x, y = GaussianNet(2.3, 24.0), torch.rand(40), torch.randn(40)
+    whole = gaussian_nll(*net(x), y).mean() - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(member_loss(dict(net.named_parameters()), x, y), whole)
 
 
 def test_noise_and_ignorance_add_up_to_the_variance_of_the_mixture(outputs):
@@ -73,9 +72,8 @@ def test_the_truths_own_nll_is_the_entropy_of_the_noise():
     yardstick = 0.5 * math.log(2 * math.pi * math.e * 3**2)
     assert math.isclose(yardstick, Normal(0.0, 3.0).entropy(), rel_tol=1e-6)
     mean, var = torch.zeros(100_000), torch.full((100_000,), 9.0)
-    assert (
-        abs(gaussian_nll(mean, var, 3 * torch.randn(100_000)).mean() - yardstick) < 0.01
-    )
+    found = gaussian_nll(mean, var, 3 * torch.randn(100_000)).mean()
+    assert abs(found - yardstick) < 0.01
 
 
 def test_averaged_standard_deviations_are_never_wider_than_the_mixture():
@@ -97,34 +95,25 @@ def test_without_a_floor_the_loss_of_a_point_that_is_met_has_no_minimum(floor):
 
 
 def test_softplus_alone_underflows_to_a_variance_of_zero():
-    var = F.softplus(torch.tensor(-110.0))
+    zero, var = torch.tensor(0.0), F.softplus(torch.tensor(-110.0))
     assert var == 0
-    assert gaussian_nll(torch.tensor(0.0), var, torch.tensor(0.0)).isnan()
-
-
-def net(width):
-    return nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 2))
+    assert (var.log() + zero / var).isnan()
+    with pytest.raises(ValueError, match="give it a floor"):
+        gaussian_nll(zero, var, zero)
+    with pytest.raises(ValueError, match="shapes differ"):  # these would broadcast
+        gaussian_nll(torch.zeros(5, 1), torch.ones(5, 1), torch.zeros(5))
 
 
 def test_longer_training_makes_the_variances_too_small():
     x = 8 * torch.rand(8, 40) - 4
     y, y_new = x**3 + 3 * torch.randn(2, 8, 40)
-    skeleton = net(50)
-    params, _ = stack_module_state([net(50) for _ in x])
-    optimizer = torch.optim.Adam(params.values(), lr=0.03)
-
-    def gaussian(params, x):
-        out = functional_call(skeleton, params, (x[:, None] / 2.3,))
-        return 24 * out[:, 0], 24**2 * (F.softplus(out[:, 1]) + 1e-3)
-
+    params, _ = stack_module_state([GaussianNet(2.3, 24.0) for _ in x])
     shares = []
-    for step in range(1, 801):
-        means, variances = vmap(gaussian)(params, x)
-        optimizer.zero_grad()
-        gaussian_nll(means, variances, y).mean(dim=1).sum().backward()
-        optimizer.step()
-        if step in (100, 800):  # new noise at the same points
-            shares.append(covered(means, variances, y_new).mean())
+    for steps in (200, 600):
+        PAGE["train"](params, x, y, steps)
+        with torch.no_grad():  # new noise at the same points
+            call = vmap(lambda p, x: functional_call(PAGE["skeleton"], p, (x,)))
+            shares.append(covered(*call(params, x), y_new).mean())
     assert shares[1] < shares[0] - 0.05
     assert shares[1] < 0.85
 
@@ -134,59 +123,47 @@ def test_longer_training_makes_the_variances_too_small():
     [(nn.Tanh, 0.01, 10, 40), (nn.ReLU, 0.03, 10, 40), (nn.ReLU, 0.01, 5, 20)],
 )
 def test_ignorance_finds_where_data_end_but_is_no_error_bar(
-    activation, rate, num_members, num_points
+    activation, rate, num_members, num_points, monkeypatch
 ):
     def build():
-        hidden = [nn.Linear(1, 50), activation(), nn.Linear(50, 50), activation()]
-        return nn.Sequential(*hidden, nn.Linear(50, 2))
+        net = GaussianNet(2.3, 24.0)
+        net.layers[1] = net.layers[3] = activation()
+        return net
 
-    def gaussian(params, x):
-        out = functional_call(skeleton, params, (x[:, None] / 2.3,))
-        return 24 * out[:, 0], 24**2 * (F.softplus(out[:, 1]) + 1e-3)
-
-    x = 8 * torch.rand(20, num_points) - 4
-    y = x**3 + 3 * torch.randn(20, num_points)
-    skeleton, whose = build(), torch.arange(20).repeat_interleave(num_members)
+    x = 8 * torch.rand(12, num_points) - 4
+    y = x**3 + 3 * torch.randn(12, num_points)
+    whose = torch.arange(12).repeat_interleave(num_members)
+    monkeypatch.setitem(PAGE, "skeleton", build().to("meta"))
     params, _ = stack_module_state([build() for _ in whose])
     optimizer = torch.optim.Adam(params.values(), lr=rate)
     for _ in range(200):
-        means, variances = vmap(gaussian)(params, x[whose])
         optimizer.zero_grad()
-        gaussian_nll(means, variances, y[whose]).mean(dim=1).sum().backward()
+        vmap(member_loss)(params, x[whose], y[whose]).sum().backward()
         optimizer.step()
 
-    at = torch.linspace(-6, 6, 241)
-    inside = at.abs() <= 4
-    with torch.no_grad():
-        out = vmap(gaussian, in_dims=(0, None))(params, at)
-    means, variances = (t.unflatten(0, (20, -1)) for t in out)
-    ignorance = means.var(1, correction=0)
-
-    def found(signal):
-        limit = signal[:, inside].quantile(0.95, dim=1, keepdim=True)
-        return (signal[:, ~inside] > limit).float().mean(1)
-
-    assert (found(ignorance) > found(variances[:, 0])).sum() >= 15
+    at = torch.linspace(-6, 6, 121)
+    inside = PAGE["inside"] = at.abs() <= 4
+    out = PAGE["predict"](params, at)
+    means, variances = (t.unflatten(0, (12, -1)) for t in out)
+    mean, noise, ignorance = mixture(means, variances)
+    found = PAGE["found"]
+    assert (found(ignorance) > found(variances[:, 0])).sum() >= 9
     assert found(ignorance).median() > 0.8
-    var = variances.mean(1) + ignorance
-    hit = covered(means.mean(1), var, at**3 + 3 * torch.randn(20, 241))
+    hit = covered(mean, noise + ignorance, at**3 + 3 * torch.randn(12, 121))
     assert hit[:, ~inside].mean() < 0.8
 
 
-def test_functional_call_takes_the_sizes_from_the_parameters():
-    models = [net(16) for _ in range(3)]
-    params, _ = stack_module_state(models)
-    skeleton = net(4).to("meta")
-    x = torch.randn(7, 1)
-    with torch.no_grad():
-        out = vmap(lambda p: functional_call(skeleton, p, (x,), strict=True))(params)
-        expected = torch.stack([model(x) for model in models])
-    torch.testing.assert_close(out, expected)
+def test_the_skeleton_takes_the_sizes_from_the_parameters():
+    models, x = [GaussianNet(2.3, 24.0, width=16) for _ in range(3)], torch.randn(7)
+    found = PAGE["predict"](stack_module_state(models)[0], x)
+    expected = zip(*[model(x) for model in models], strict=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, torch.stack(other))
 
 
 def test_the_wide_network_has_the_parameters_of_ten_members():
-    def size(width):  # two weights of one input or two outputs, three biases
-        return 2 * width + width * width + width + 2 * width + 2
+    def size(width):
+        return sum(p.numel() for p in GaussianNet(1, 1, width).parameters())
 
     assert abs(size(164) / (10 * size(50)) - 1) < 0.01
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import names_of
 from torch import nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 
 NUM_MODELS, NUM_STEPS = 5, 30
 
@@ -15,12 +16,9 @@ def new_model():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-with torch.device("meta"):
-    skeleton = new_model()
-
-
-def member_loss(params, x, y):
-    return F.cross_entropy(functional_call(skeleton, params, (x,), strict=True), y)
+PAGE = names_of("training/plot_training", "member_loss", "train_step", "clip_each")
+PAGE["skeleton"] = new_model().to("meta")
+member_loss, clip_each = PAGE["member_loss"], PAGE["clip_each"]
 
 
 @pytest.fixture
@@ -36,21 +34,16 @@ def data(models):
     return x, torch.randint(3, (NUM_STEPS, NUM_MODELS, 7))
 
 
-def clip_each(tensors, max_norm):
-    """The function of the page."""
-    norms = [p.grad.reshape(len(p), -1).norm(dim=1) for p in tensors]
-    norms = torch.stack(norms).norm(dim=0)
-    factors = (max_norm / (norms + 1e-6)).clamp(max=1)
-    for p in tensors:
-        p.grad.mul_(factors.view(-1, *[1] * (p.ndim - 1)))
-
-
-def train_together(models, data, make_optimizer, total=torch.sum, clip=None):
+def train_together(models, data, make_optimizer, total=None, clip=None):
+    """With the step of the page, or with another total of the losses, or a clip."""
     params, _ = stack_module_state(models)
     optimizer = make_optimizer(params.values())
     for x, y in zip(*data, strict=True):
+        if not total and not clip:
+            PAGE["train_step"](params, optimizer, x, y)
+            continue
         optimizer.zero_grad()
-        total(vmap(member_loss)(params, x, y)).backward()
+        (total or torch.sum)(vmap(member_loss)(params, x, y)).backward()
         if clip:
             clip(params.values(), 0.1)
         optimizer.step()

@@ -1,11 +1,11 @@
 """What plot_what_vmap_refuses.py says in a clause."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pages import names_of, text_of
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
@@ -261,23 +261,8 @@ def test_backward_inside_is_refused_and_outside_is_accepted():
     torch.testing.assert_close(x.grad, 2 * XS)
 
 
-class NoRule(torch.autograd.Function):
-    @staticmethod
-    def forward(x):
-        return x.sign()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
-def test_a_new_function_without_the_rule_says_so():
-    with pytest.raises(RuntimeError, match="it does not have vmap support"):
-        vmap(NoRule.apply)(XS)
+class NoRule(names_of("basics/plot_what_vmap_refuses", "OldSign", "Sign")["Sign"]):
+    generate_vmap_rule = False
 
 
 def test_hooks_and_counters_run_once():
@@ -308,7 +293,6 @@ def test_checkpoints_stand_around_vmap():
     torch.testing.assert_close(x.grad, vmap(grad(f))(XS))
 
 
-PAGE = Path(__file__).parents[2] / "tutorials/basics/plot_what_vmap_refuses.py"
 STACK, _ = stack_module_state([nn.Linear(6, 2).double() for _ in XS])
 LAYER = nn.Linear(6, 2, device="meta")
 CONVS, _ = stack_module_state([nn.Conv2d(1, 2, 3) for _ in XS])
@@ -400,7 +384,7 @@ def test_the_listed_mistakes_have_the_listed_messages(words, mistake):
 
 
 def test_every_message_that_the_page_lists_is_provoked_here():
-    text = re.sub(r"\n#\s*", " ", PAGE.read_text(encoding="utf-8"))
+    text = re.sub(r"\n#\s*", " ", text_of("basics/plot_what_vmap_refuses"))
     text = text.split("About the inputs:")[1].split("How to read the cases")[0]
     listed = [item.split("``: ")[0] + "``" for item in text.split(" - ")[1:]]
     words = [word for item in listed for word in re.findall("``(.+?)``", item)]
