@@ -238,6 +238,8 @@ def test_those_who_stay_train_on_undisturbed_with_every_elementwise_optimizer(ma
     stay = [3, 0, 4]
     changed = Ensemble([*(ensemble.member(i) for i in stay), *nets()[:2]])
     state = take_rows(optimizer.state_dict(), stay, num_new=2)
+    for entry in state["state"].values():  # those who come begin with nothing
+        assert not any(t[3:].any() for t in entry.values() if t.ndim)
     changed_optimizer = make(changed.parameters())
     changed_optimizer.load_state_dict(state)
     for pair in [(ensemble, optimizer), (changed, changed_optimizer)]:
