@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -25,7 +24,6 @@ from _ext import gallery, page_head, recordings
 CPU = MACHINE | {"accelerator": None, "count": 0, "memory": None}
 OTHER_CPU = CPU | {"cpu": "Another CPU", "date": "2026-03-04"}
 OTHER_GPU = MACHINE | {"accelerator": "Another GPU"}
-PRINTED, DRAWN = "from the imaginary GPU", f"{ALT}\n\nfrom the imaginary GPU"
 
 
 @pytest.fixture
@@ -44,16 +42,8 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def joined(ran_on=None):
-    """Alpha's page as a doctree, joined with its recordings; and the Sphinx of it.
-
-    Where it ran in this build, each cell printed "here".
-    """
-    docname = "auto_tutorials/basics/plot_alpha"
-    options = {"plot_gallery": str(bool(ran_on)), "filename_pattern": "/plot_"}
-    config = SimpleNamespace(sphinx_gallery_conf=options, html_baseurl="")
-    env = SimpleNamespace(docname=docname, found_docs={docname})
-    app = SimpleNamespace(srcdir=runner.ROOT, env=env, config=config)
+def generated(ran):
+    """What Sphinx-Gallery makes of alpha. Where it ran, each cell printed "here"."""
     doctree = new_document("alpha")
     doctree += nodes.section("", nodes.title("", "Alpha"))
     for cell in runner.split((runner.TUTORIALS / "basics/plot_alpha.py").read_text()):
@@ -61,39 +51,53 @@ def joined(ran_on=None):
             comment = nodes.comment("", "GENERATED FROM PYTHON SOURCE LINES 1-2")
             block = nodes.literal_block(cell.code, cell.code, language="Python")
             printed = nodes.literal_block("", "here", classes=["sphx-glr-script-out"])
-            doctree[0].extend([comment, block, *[printed] * bool(ran_on)])
-    if ran_on:
-        timing = nodes.paragraph("", "(0 minutes 1.5 seconds)")
-        doctree[0] += [nodes.comment(), timing]
-        timing["classes"] = ["sphx-glr-timing"]
-        note = Path(app.srcdir, f"{docname}.ran.json")
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps({"machine": ran_on, "figures": []}))
+            doctree[0].extend([comment, block, *[printed] * ran])
+    seconds = "(0 minutes 1.5 seconds)"
+    timing = nodes.paragraph("", seconds, classes=["sphx-glr-timing"])
+    doctree[0].extend([nodes.comment(), timing][: 2 * ran])
+    return doctree
+
+
+def under(block):
+    """What stands under a code cell: text, or {label of a tab: text}."""
+    after = block.parent[block.parent.index(block) + 1 :]
+    outputs = itertools.takewhile(lambda x: not isinstance(x, nodes.comment), after)
+    tabs, text = {}, []
+    for output in outputs:
+        text.append(output.astext())
+        for item in output.findall(nodes.container):
+            if "sd-tab-item" in item["classes"]:
+                label, panel = item.children
+                tabs[label.astext()] = panel.astext()
+    return tabs or "\n\n".join(text)
+
+
+def joined(ran_on=None):
+    """Alpha's page with its recordings, where this build ran it or did not."""
+    docname = "auto_tutorials/basics/plot_alpha"
+    options = {"plot_gallery": str(bool(ran_on)), "filename_pattern": "/plot_"}
+    app = SimpleNamespace(
+        srcdir=runner.ROOT,
+        env=SimpleNamespace(docname=docname, found_docs={docname}),
+        config=SimpleNamespace(sphinx_gallery_conf=options, html_baseurl=""),
+    )
+    note = runner.ROOT / f"{docname}.ran.json"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"machine": ran_on, "figures": []}))
+    doctree = generated(bool(ran_on))
     recordings.read_all(app)
     recordings.join(app, doctree)
     page_head.add_head(app, doctree)
-    return doctree, app
-
-
-def shown(doctree):
-    """What stands under each code cell: text, or {label of a tab: text}."""
-    found = []
-    for block, _ in gallery.code_cells(doctree):
-        after = block.parent[block.parent.index(block) + 1 :]
-        outputs = itertools.takewhile(lambda x: not isinstance(x, nodes.comment), after)
-        tabs, text = {}, []
-        for output in outputs:
-            text.append(output.astext())
-            for item in output.findall(nodes.container):
-                if "sd-tab-item" in item["classes"]:
-                    label, panel = item.children
-                    tabs[label.astext()] = panel.astext()
-        found.append(tabs or "\n\n".join(text))
-    return found
-
-
-def head(doctree):
-    return next(doctree.findall(nodes.line_block)).astext()
+    return SimpleNamespace(
+        app=app,
+        doctree=doctree,
+        head=next(doctree.findall(nodes.line_block)).astext(),
+        cells=[under(block) for block, _ in gallery.code_cells(doctree)],
+        figures={
+            source.name: [alt for _, alt in drawn]
+            for source, drawn in recordings.figures_of(app, "basics/plot_alpha")
+        },
+    )
 
 
 # --- what is shown ----------------------------------------------------------------
@@ -111,11 +115,10 @@ def test_on_a_built_page_tabs_stand_where_machines_differ(built_once):
 
 def test_tabs_stand_where_machines_differ_and_only_there(alpha):
     imagine(runner.ROOT, "basics/plot_alpha", say="here\n")
-    first, second, third = shown(joined(CPU)[0])
+    first, second, third = joined(CPU).cells
     assert first == third == "here"
     assert list(second.items()) == [(GPU, f"{ALT}\n\nhere"), ("This build", "here")]
-    second, third = shown(joined()[0])[1:]
-    assert (second, third) == (f"{ALT}\n\nhere", "here"), "one machine needs no tab"
+    assert joined().cells[1] == f"{ALT}\n\nhere", "one machine needs no tab"
 
 
 def test_order_of_tabs():
@@ -131,26 +134,19 @@ def test_order_of_tabs():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "left", "figures"),
-    [
-        ("# See", "# Prose is no code: see", [PRINTED, DRAWN, PRINTED], [ALT]),
-        ("x is {x}", "x was {x}", [PRINTED, DRAWN, ""], [ALT]),
-        ("x = 1", "x = 2", ["", "", ""], []),
-    ],
+    ("old", "current"), [("# See", 3), ("x is {x}", 2), ("x = 1", 0)]
 )
-def test_outputs_stand_up_to_the_first_edited_cell(alpha, old, new, left, figures):
-    imagine(runner.ROOT, "basics/plot_alpha")
-    edit(alpha, old, new)
-    doctree, app = joined()
-    assert shown(doctree) == left
-    here = shown(joined(CPU)[0])
-    assert [cell != "here" for cell in here] == [bool(text) for text in left]
-    told = "its code has changed since, from cell {} of 3 on"
-    changed = [number for number, text in enumerate(left, 1) if not text][:1]
-    assert ("changed" in head(doctree)) == bool(changed)
-    assert all(told.format(number) in head(doctree) for number in changed)
-    drawn = recordings.figures_of(app, "basics/plot_alpha")
-    assert [alt for _, found in drawn for _, alt in found] == figures
+def test_outputs_stand_up_to_the_first_edited_cell(alpha, old, current):
+    imagine(runner.ROOT, "basics/plot_alpha", say="gpu\n")
+    edit(alpha, old, old.upper())
+    page = joined()
+    outputs = ["gpu", f"{ALT}\n\ngpu", "gpu"]
+    assert page.cells == outputs[:current] + [""] * (3 - current)
+    assert page.figures == {"gpu": [ALT] if current > 1 else []}
+    told = f"its code has changed since, from cell {current + 1} of 3 on"
+    assert (told in page.head) == (current < 3)
+    beside = [{GPU: text, "This build": "here"} for text in outputs[:current]]
+    assert joined(CPU).cells == beside + ["here"] * (3 - current)
 
 
 def test_what_is_outdated_is_not_shown_beside_what_is_current_of_its_kind(alpha):
@@ -159,34 +155,31 @@ def test_what_is_outdated_is_not_shown_beside_what_is_current_of_its_kind(alpha)
     imagine(root, name, OTHER_GPU, "another-gpu", "another gpu\n")
     edit(alpha, "x is {x}", "x was {x}")
     imagine(root, name, say="gpu\n")
-    gpu_and_cpu = {GPU: "gpu", runner.short_name(CPU): "cpu"}
-    doctree, app = joined()
-    first, _, third = shown(doctree)
-    assert (first, third) == (gpu_and_cpu, {GPU: "gpu"}), "no other CPU is current"
-    assert "Another GPU, 80 GiB" in head(doctree), "the head tells of it"
-    assert head(doctree).count("changed since, from cell 3 of 3 on") == 2
-    drawn = recordings.figures_of(app, name)
-    assert [source.name for source, found in drawn if found] == ["gpu", "cpu"]
+    cpu, other_cpu = runner.short_name(CPU), runner.short_name(OTHER_CPU)
+    page = joined()
+    assert page.cells[0] == {GPU: "gpu", cpu: "cpu"}, "no other CPU is current"
+    assert page.cells[2] == {GPU: "gpu"}
+    assert page.figures == {"gpu": [ALT], "cpu": [ALT], "another-gpu": []}
+    assert "Another GPU, 80 GiB" in page.head, "the head tells of it"
+    assert page.head.count("changed since, from cell 3 of 3 on") == 2
 
-    assert shown(joined(OTHER_CPU)[0])[0] == {GPU: "gpu", "This build": "here"}
+    assert joined(OTHER_CPU).cells[0] == {GPU: "gpu", "This build": "here"}
     imagine(root, name, OTHER_CPU, "another-cpu", "another cpu\n")
-    for cell in shown(joined()[0]):
-        assert list(cell) == [GPU, runner.short_name(OTHER_CPU)]
+    assert [list(cell) for cell in joined().cells] == [[GPU, other_cpu]] * 3
     for folder in runner.RECORDINGS.glob("*gpu"):
         shutil.rmtree(folder)
-    assert shown(joined()[0])[2] == "another cpu", "one machine needs no tab"
+    assert joined().cells[2] == "another cpu", "one machine needs no tab"
 
 
 def test_a_machine_that_built_the_page_needs_no_recording_of_it(alpha):
     imagine(runner.ROOT, "basics/plot_alpha", CPU, "cpu", "long ago\n")
-    doctree, app = joined(CPU)
-    assert shown(doctree) == ["here"] * 3
-    assert "Recorded" not in head(doctree)
-    ((source, _),) = recordings.figures_of(app, "basics/plot_alpha")
-    assert source.name == recordings.OWN
-    doctree, _ = joined()
-    assert shown(doctree)[0] == "long ago", "a build that runs nothing needs it"
-    assert "Recorded on Imaginary CPU, 16 cores; torch 2.11.0" in head(doctree)
+    page = joined(CPU)
+    assert page.cells == ["here"] * 3
+    assert page.figures == {recordings.OWN: []}
+    assert "Recorded" not in page.head
+    page = joined()
+    assert page.cells[0] == "long ago", "a build that runs nothing needs it"
+    assert "Recorded on Imaginary CPU, 16 cores; torch 2.11.0" in page.head
 
 
 def test_the_same_gpu_in_another_host_is_one_machine():
@@ -198,8 +191,7 @@ def test_the_same_gpu_in_another_host_is_one_machine():
 
 
 def test_pages_are_read_again_when_a_recording_comes_or_changes(alpha):
-    _, app = joined()
-    seen = []
+    app, seen = joined().app, []
     for say in [None, "once\n", "once\n", "twice\n"]:
         if say:
             imagine(runner.ROOT, "basics/plot_alpha", say=say)
@@ -210,7 +202,7 @@ def test_pages_are_read_again_when_a_recording_comes_or_changes(alpha):
 
 def test_the_recorded_notebook_can_be_had_and_says_what_it_needs(alpha):
     original = imagine(runner.ROOT, "basics/plot_alpha")
-    (link,) = joined()[0].findall(addnodes.download_reference)
+    (link,) = joined().doctree.findall(addnodes.download_reference)
     offered = runner.ROOT / link["reftarget"].lstrip("/")
     offered, original = (nbformat.read(path, 4) for path in (offered, original))
     nbformat.validate(offered)
