@@ -14,12 +14,13 @@ import pytest
 import torch
 import warm
 from conftest import ROOT, environment, run
+from docutils import nodes
 from small import build, page, write_tutorial
 from sphinx.errors import ExtensionError
 
 import noxfile
 import runner
-from _ext import gallery
+from _ext import gallery, page_links
 
 
 @pytest.fixture
@@ -96,11 +97,8 @@ def test_failing_tutorials_are_all_named_and_the_former_pages_stay(built, task):
     assert (page(built, "alpha"), page(built, "beta")) == before
 
 
-def test_a_new_title_reaches_its_links_and_each_warning_fails_the_build(built):
+def test_each_warning_fails_the_build_and_the_others_are_told(built):
     write_tutorial(built, "alpha", text="See ``plot_nowhere.py``.")
-    alpha = built / "tutorials/basics/plot_alpha.py"
-    title = "A new title\n==========="
-    alpha.write_text(alpha.read_text().replace("alpha\n=====", title))
     generated = built / "auto_tutorials/basics/plot_beta.rst"
     text = generated.read_text()
     generated.chmod(0o644)
@@ -109,8 +107,18 @@ def test_a_new_title_reaches_its_links_and_each_warning_fails_the_build(built):
     assert done.returncode != 0
     assert "there is no tutorial plot_nowhere.py to link to" in done.output
     assert re.search("plot_beta.*the tutorial did not run", done.output)
-    assert "See <a" in page(built, "beta")
-    assert "A new title</a>." in page(built, "beta")
+
+
+def test_a_new_title_reaches_the_pages_that_link_to_it(built_once):
+    assert re.search(
+        r"See <a [^>]*plot_alpha.html[^>]*>alpha</a>", page(built_once, "beta")
+    )
+    env = SimpleNamespace(titles={}, found_docs={"alpha", "beta"})
+    written_again = []
+    for title in ["alpha", "A new title", "A new title"]:
+        env.titles["alpha"] = nodes.title("", title)
+        written_again += [page_links.write_all_after_a_new_title(None, env)]
+    assert list(map(sorted, written_again)) == [[], ["alpha", "beta"], []]
 
 
 def test_deleted_tutorials_leave_the_site_two_of_one_name_are_refused(
@@ -129,20 +137,21 @@ def test_deleted_tutorials_leave_the_site_two_of_one_name_are_refused(
         gallery.forget_deleted(app)
 
 
-def test_no_state_passes_from_one_tutorial_to_the_next(built):
-    states = [
-        "torch.is_grad_enabled()",
-        "torch.get_default_dtype()",
-        "torch.get_num_threads()",
-        "torch.backends.cudnn.conv.fp32_precision",
-        "torch.are_deterministic_algorithms_enabled()",
-        "torch.initial_seed()",
-        "plt.rcParams['lines.linewidth']",
-        "len(os.listdir(os.environ['TORCHINDUCTOR_CACHE_DIR']))",
-    ]
-    show = "import os, sys, torch\n"
-    show += "\n".join(f"print('state:', {state})" for state in states)
-    disturb = """
+SHOW = """
+import os, sys, torch
+states = [
+    torch.is_grad_enabled(),
+    torch.get_default_dtype(),
+    torch.get_num_threads(),
+    torch.backends.cudnn.conv.fp32_precision,
+    torch.are_deterministic_algorithms_enabled(),
+    torch.initial_seed(),
+    plt.rcParams["lines.linewidth"],
+    os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]),
+]
+print("states:", states)
+"""
+DISTURB = """
 print("a library's chatter", file=sys.stderr)
 torch.set_grad_enabled(False)
 torch.set_default_dtype(torch.float64)
@@ -153,17 +162,19 @@ torch.manual_seed(7)
 plt.rcParams["lines.linewidth"] = 9
 open(os.environ["TORCHINDUCTOR_CACHE_DIR"] + "/compiled", "w").close()
 """
-    write_tutorial(built, "alpha", code=show + disturb)
-    write_tutorial(built, "beta", code=show)
+
+
+def test_no_state_passes_from_one_tutorial_to_the_next(built):
+    write_tutorial(built, "alpha", code=SHOW + DISTURB)
+    write_tutorial(built, "beta", code=SHOW)
     (built / "tutorials/basics/helper.py").write_text("'''No page.'''\n")
     done = build(built)
     assert done.returncode == 0, done.output
-    seen = {
-        name: re.findall(r"state: .*", page(built, name)) for name in ["alpha", "beta"]
-    }
-    assert len(seen["alpha"]) == len(states)
-    assert seen["alpha"] == seen["beta"]
-    output = page(built, "alpha").rpartition('class="sphx-glr-script-out')[2]
+    alpha, beta = page(built, "alpha"), page(built, "beta")
+    shown = [re.findall(r"states: \[.*", text) for text in (alpha, beta)]
+    assert len(shown[0]) == 1
+    assert shown[0] == shown[1]
+    output = alpha.partition('class="sphx-glr-script-out')[2]
     assert "chatter" not in output, "stderr stands on no page"
     assert "a library's chatter" in done.output, "and is not lost"
 
