@@ -11,16 +11,8 @@ all but vanishes and a mistake stays; a test that has to run in float32 needs a
 tolerance that grows with the dtype's rounding and with the largest logit.
 
 **On an NVIDIA GPU since the A100**, convolutions shorten float32 to TF32 `by default
-<https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html>`_. Ask for IEEE
-float32, compare, change it back:
-
-.. code-block:: python
-
-   conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-   before = conv.fp32_precision, matmul.fp32_precision
-   conv.fp32_precision = matmul.fp32_precision = "ieee"
-   distance = (one_call(x, *state) - plain_loop(x, *state)).abs().max()
-   conv.fp32_precision, matmul.fp32_precision = before
+<https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html>`_: compare in IEEE
+float32, as this page does.
 
 **Before you start**, read ``plot_ensembling.py``, which builds such an ensemble.
 """
@@ -96,7 +88,15 @@ torch.testing.assert_close(
 # where large terms cancel, as with inputs far from zero, rounding exceeds both bounds
 # in correct code as well. Normalize such inputs.
 #
-# An Apple GPU has no float64: move both sides to the CPU for the first half.
+# An Apple GPU has no float64: move both sides to the CPU for the first half. Where your
+# program uses TF32, ask for IEEE float32 for the comparison alone:
+#
+# .. code-block:: python
+#
+#    before = conv.fp32_precision, matmul.fp32_precision
+#    conv.fp32_precision = matmul.fp32_precision = "ieee"
+#    distance = (one_call(x, *state) - plain_loop(x, *state)).abs().max()
+#    conv.fp32_precision, matmul.fp32_precision = before
 #
 # Three networks, before and after training
 # -----------------------------------------

@@ -264,7 +264,8 @@ for name, p in params.items():
 #     shared = {name: p[0].detach() for name, p in params.items() if "fc1." in name}
 #     own = {name: p for name, p in params.items() if name not in shared}
 #     in_dims = dict.fromkeys(shared, None) | dict.fromkeys(own, 0)
-#     logits = ensemble(skeleton, in_dims=(in_dims, 0, 0))(shared | own, buffers, x)
+#     call = ensemble(skeleton, in_dims=(in_dims, 0, 0), randomness="different")
+#     logits = call(shared | own, buffers, x)
 #
 # - Frozen batch norm also keeps its statistics: ``skeleton.norm.eval()``.
 # - Frozen in *some* members: ``p.register_hook(lambda grad: grad * mask)``, with a mask
