@@ -1,4 +1,4 @@
-"""Make a link of a tutorial's file name in the prose of another page.
+"""Links to pages: a file name in prose becomes one, and old addresses stay good.
 
 Authors write ``plot_memory.py`` in double backticks. A notebook and a script show
 that name, which a reader can look for; the website shows the page's title and links it.
@@ -10,6 +10,10 @@ from docutils import nodes
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
+
+# Headings that have another name now: page -> {old id: id of the heading that answers
+# it now, on this page}. Where another page does, "next", which links to it.
+MOVED = {}
 
 
 def link_pages(app, doctree, docname):
@@ -30,6 +34,13 @@ def link_pages(app, doctree, docname):
             literal.replace_self(link)
 
 
+def keep_addresses(app, doctree):
+    """Old ids of headings lead to the headings that took their place."""
+    moved = MOVED.get(app.env.docname, {})
+    for section in doctree.findall(nodes.section):
+        section["ids"] += [old for old, new in moved.items() if new in section["ids"]]
+
+
 def write_all_after_a_new_title(app, env):
     """A link shows the title of its page, so a new title is news for every page."""
     titles = {name: title.astext() for name, title in env.titles.items()}
@@ -38,6 +49,7 @@ def write_all_after_a_new_title(app, env):
 
 
 def setup(app):
+    app.connect("doctree-read", keep_addresses)
     app.connect("doctree-resolved", link_pages)
     app.connect("env-updated", write_all_after_a_new_title)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
