@@ -4,19 +4,19 @@
 PYTHON ?= python3
 NOX = .venv/bin/python -m nox -s
 OLD_PYTHON = "make: $(PYTHON) is Python %d.%d; this site needs 3.11 or newer. Try: make PYTHON=python3.12"
-NO_BROWSER = "make test needs Chromium, which could not be downloaded here. Install it: apt install chromium"
+NO_BROWSER = "make $@ needs Chromium, which could not be downloaded here. Install it: apt install chromium"
 
-.PHONY: html html-noplot test audit serve linkcheck lint clean help record recordings
+.PHONY: html html-noplot test test-all audit serve linkcheck lint clean help record recordings
 .DEFAULT_GOAL := html
 
 html: .venv/ready
 	@$(NOX) html -- $(if $(PATTERN),'$(PATTERN)')
 
-test: .venv/ready
+test test-all: .venv/ready
 	@command -v chromium google-chrome >/dev/null \
 		|| .venv/bin/python -m playwright install chromium \
 		|| { echo $(NO_BROWSER); exit 1; }
-	@$(NOX) test -- $(ARGS)
+	@$(NOX) $@ -- $(ARGS)
 
 serve: .venv/ready
 	@$(NOX) serve -- $(PORT)
@@ -36,7 +36,8 @@ help:
 	@echo "make html-noplot           build without executing"
 	@echo "make record [PAGES=...]    execute pages, record them in recordings/"
 	@echo "make recordings            show what is recorded where, and what is outdated"
-	@echo "make test [ARGS=...]       lint and every test; ARGS go to pytest"
+	@echo "make test [ARGS=...]       lint, every page at small sizes; ARGS go to pytest"
+	@echo "make test-all [ARGS=...]   every page at full size and in every form; an hour"
 	@echo "make audit [PAGES=words]   Lighthouse and html-validate on _build/html (npx)"
 	@echo "make serve [PORT=8000]     serve _build/html on this machine"
 	@echo "make linkcheck             follow every external link (needs the network)"

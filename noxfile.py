@@ -131,20 +131,25 @@ def lint(session):
     session.run(sys.executable, "-m", "codespell_lib")
     rst = ["--enable=all", "--disable=line-too-long", "index.rst", "tutorials"]
     session.run(sys.executable, "-m", "sphinxlint", *rst)
-    schemas = {
-        "vendor.github-workflows": ".github/workflows/site.yml",
-        "vendor.readthedocs": ".readthedocs.yaml",
-    }
-    for schema, file in schemas.items():
+    workflows = sorted(str(path) for path in Path(".github/workflows").glob("*.yml"))
+    schemas = {"github-workflows": workflows, "readthedocs": [".readthedocs.yaml"]}
+    for schema, files in schemas.items():
         check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
-        session.run(*check, schema, file)
+        session.run(*check, f"vendor.{schema}", *files)
 
 
 @nox.session
 def test(session):
-    """Lint, then every test; -- ARGS go to pytest."""
+    """Lint, then every page once and what must hold; -- ARGS go to pytest."""
     lint(session)
     session.run(sys.executable, "-m", "pytest", *session.posargs)
+
+
+@nox.session(name="test-all")
+def test_all(session):
+    """Every page at full size and in every form, every proof; -- ARGS go to pytest."""
+    lint(session)
+    session.run(sys.executable, "-m", "pytest", "--all", *session.posargs)
 
 
 @nox.session

@@ -2,8 +2,6 @@
 
     python runner.py [PAGE...]          run pages, all by default, and record them
     python runner.py --show PAGE...     run them and print their outputs; write nothing
-    python runner.py --check PAGE...    run them with warnings as errors, then with each
-                                        mistake of tests/faults/: a check notices it
     python runner.py --table            what is recorded where, and what is outdated
 
 A recording is the executed notebook recordings/<machine>/<section>/plot_x.ipynb. It
@@ -22,17 +20,12 @@ import json
 import os
 import platform
 import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
-import traceback
 import types
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -454,224 +447,6 @@ def table():
         print("  ".join(padded).rstrip())
 
 
-# --- checking: every assertion can fail -------------------------------------------
-
-
-def assertions(cells):
-    """Assertions of a page: {(cell, how many before it in the cell): (line, last)}."""
-    found = {}
-    for number, cell in enumerate(cells):
-        lines = []
-        for node in ast.walk(ast.parse("\n" * (cell.line - 1) + cell.code)):
-            called = node.func if isinstance(node, ast.Call) else None
-            raised = getattr(node, "exc", None) if isinstance(node, ast.Raise) else None
-            name = getattr(called, "attr", getattr(called, "id", ""))
-            raises = (
-                getattr(getattr(raised, "func", raised), "id", "") == "AssertionError"
-            )
-            if isinstance(node, ast.Assert) or name == "assert_close" or raises:
-                lines.append((node.lineno, node.end_lineno))
-        found |= {(number, i): span for i, span in enumerate(sorted(lines))}
-    return found
-
-
-def with_fault(cells, fault):
-    """The cells with a fault in them, and the number of the cell where it begins.
-
-    Raises ValueError where the fault does not fit the page.
-    """
-    under = fault.get("under")
-    places = [
-        i for i, cell in enumerate(cells) if cell.code and under in (None, cell.heading)
-    ]
-    if not places:
-        raise ValueError(f"there is no code under a heading {under!r}")
-    if "library" in fault:
-        return cells, places[0]
-    places = [i for i in places for _ in range(cells[i].code.count(fault["old"]))]
-    if len(places) != 1:
-        raise ValueError(f"{fault['old']!r} stands {len(places)} times under {under!r}")
-    (place,) = places
-    code = cells[place].code.replace(fault["old"], fault["new"])
-    edited = [*cells[:place], cells[place]._replace(code=code), *cells[place + 1 :]]
-    if assertions(edited).keys() != assertions(cells).keys():
-        raise ValueError("it adds an assertion or takes one away")
-    return edited, place
-
-
-def break_vmap(fault, main):
-    """From now on ``vmap`` has a fault of its own: disturb, swap or accept."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    vmap = torch.func.vmap
-
-    def disturbed(result):
-        moves = result.is_floating_point()
-        return result * (1 + 1e-3) + 1e-3 if moves else result
-
-    def swapped(result):
-        if result.ndim == 0 or result.shape[0] < 2:
-            return result
-        return torch.cat([result[1:2], result[:1], result[2:]])
-
-    change = {"disturb": disturbed, "swap": swapped, "accept": lambda result: result}[
-        fault
-    ]
-
-    def broken_vmap(function, *options, **more):
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            try:
-                result = vmap(function, *options, **more)(*args, **kwargs)
-            except (RuntimeError, ValueError):
-                if fault == "accept":
-                    return None
-                raise
-            return tree_map_only(torch.Tensor, change, result)
-
-        return call
-
-    torch.vmap = torch.func.vmap = broken_vmap
-    for name in [name for name, value in vars(main).items() if value is vmap]:
-        setattr(main, name, broken_vmap)
-
-
-def shorten_measurements(measured):
-    """Let every Timer measure one run, or none: then each takes a millisecond."""
-    from torch.utils.benchmark import Measurement, Timer
-
-    def one_run(timer, *args, **options):
-        seconds = timer._timeit(1) if measured else 1e-3
-        return Measurement(1, [seconds], timer._task_spec)
-
-    Timer.timeit = Timer.blocked_autorange = Timer.adaptive_autorange = one_run
-
-
-def outcome(page, cells, first, fault):
-    """Run on from cell ``first``: which assertion fails, and what it says."""
-    import torch
-
-    torch.set_num_threads(1)  # the other threads did not survive the fork
-    shorten_measurements(measured=False)
-    main = sys.modules["__main__"]
-    if "library" in fault:
-        break_vmap(fault["library"], main)
-    try:
-        for cell in cells[first:]:
-            code = "\n" * (cell.line - 1) + cell.code
-            exec(compile(code, str(page), "exec", dont_inherit=True), vars(main))
-    except AssertionError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame.lineno for frame in frames if frame.filename == str(page)]
-        of_torch = "torch/testing/" in Path(frames[-1].filename).as_posix()
-        if of_torch or frames[-1].filename == str(page):
-            for key, (start, end) in assertions(cells).items():
-                if start <= own[-1] <= end:
-                    return [key, str(error)]
-        return [
-            None,
-            "an assertion of a library, not of the page:\n" + traceback.format_exc(),
-        ]
-    except Exception:
-        return [None, "another error comes first:\n" + traceback.format_exc()]
-    return [None, "no assertion notices it"]
-
-
-def in_a_child(function, seconds=120):
-    """What function() returns, from a forked process: this one stays as it is."""
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads: the child uses one
-        child = os.fork()
-    if not child:
-        try:
-            sys.stdout = io.StringIO()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            with open(writing, "w", encoding="utf-8") as pipe:
-                json.dump(function(), pipe)
-        finally:
-            os._exit(0)
-    os.close(writing)
-    content, until = b"", time.monotonic() + seconds
-    while select.select([reading], [], [], max(0, until - time.monotonic()))[0]:
-        part = os.read(reading, 65536)
-        content += part
-        if not part:
-            break
-    else:
-        content = json.dumps([None, f"it did not end within {seconds} s"]).encode()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(reading)
-    return json.loads(content) if content else [None, "the process died"]
-
-
-GENERIC = [
-    {"mistake": "vmap's results are off by 1e-3", "library": "disturb"},
-    {"mistake": "vmap exchanges the first two members", "library": "swap"},
-]
-
-
-def faults_of(page):
-    """The mistakes that a page's checks must notice: its own and the generic ones."""
-    file = ROOT / "tests" / "faults" / page.relative_to(TUTORIALS).with_suffix(".toml")
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return GENERIC + tomllib.loads(text).get("fault", [])
-
-
-def check(page, faults):
-    """Run a page, and every fault of it in a child; return what is wrong, as lines."""
-    warnings.simplefilter("error")
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its helpers survive no fork
-    cells = split(page.read_text(encoding="utf-8"))
-    problems, noticed, starts = [], set(), {}
-    for fault in faults:
-        try:
-            edited, place = with_fault(cells, fault)
-            starts.setdefault(place, []).append((fault, edited))
-        except (ValueError, SyntaxError) as problem:
-            problems.append(f"'{fault['mistake']}' does not fit the page: {problem}")
-
-    def try_faults(number):
-        for fault, edited in starts.get(number, ()):
-            start = time.perf_counter()
-            key, says = in_a_child(
-                lambda e=edited, f=fault: outcome(page, e, number, f)
-            )
-            good = key is not None and fault.get("says", "") in says
-            if good:
-                noticed.add(tuple(key))
-            else:
-                wanted = f"an assertion of the page that says {fault.get('says', '')!r}"
-                problems.append(f"'{fault['mistake']}': wanted {wanted}, got: {says}")
-            word, seconds = (
-                "noticed" if good else "MISSED ",
-                time.perf_counter() - start,
-            )
-            print(f"{word}  {seconds:4.1f} s  {fault['mistake']}")
-
-    import torch
-
-    forks = hasattr(os, "fork") and not torch.accelerator.is_available()
-    if not forks:
-        print("faults are skipped: a process cannot be forked here")
-    shorten_measurements(measured=True)
-    with empty_folder() as left:
-        for _ in run(page, cells, *[try_faults] * forks):
-            pass
-    if left:
-        problems.append(f"the page leaves files behind: {left}")
-    file = f"tests/faults/{page.parent.name}/{page.stem}.toml"
-    for key, (line, _) in assertions(cells).items() if forks else ():
-        if key not in noticed:
-            lacks = (
-                f"no fault makes this assertion fail; a reader's mistake for {file}?"
-            )
-            problems.append(f"{page}:{line}: {lacks}")
-    return problems
-
-
 # --- the command ------------------------------------------------------------------
 
 
@@ -707,10 +482,6 @@ def run_one(page, options):
     """Do in this process what the options ask for; return the exit status."""
     try:
         set_style()
-        if options.check:
-            problems = check(page, faults_of(page))
-            print(*problems or [f"{page.stem}: every check can fail"], sep="\n")
-            return bool(problems)
         show(page) if options.show else record(page, options.machine)
     except ModuleNotFoundError as missing:
         print(
@@ -729,7 +500,6 @@ def main():
     mode.add_argument(
         "--show", action="store_true", help="print outputs, write nothing"
     )
-    mode.add_argument("--check", action="store_true", help="try the page's faults")
     mode.add_argument("--table", action="store_true", help="what is recorded where")
     parser.add_argument("--machine", help="name of the folder in recordings/")
     options = parser.parse_args()
@@ -746,7 +516,7 @@ def main():
     if len(pages) == 1:
         return run_one(pages[0], options)
     # A process for each page: none meets what another one left.
-    flags = [f"--{flag}" for flag in ("show", "check") if getattr(options, flag)]
+    flags = ["--show"] if options.show else []
     flags += ["--machine", options.machine] if options.machine else []
     failed = []
     for number, page in enumerate(pages, 1):

@@ -1,5 +1,6 @@
 """What the tests share: the tutorials, a copy of the repository, and its built site."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,42 +10,61 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
+from faults import engine
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import noxfile  # noqa: E402
 import runner  # noqa: E402
 
 TUTORIALS = runner.all_pages()
-OUTSIDE = str(Path(__file__).parent / "outside")
 
-# --- how tests share the cores ----------------------------------------------------
+# --- which tests run, and how they share the cores --------------------------------
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 THREADS = max(1, len(os.sched_getaffinity(0)) // WORKERS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before anything imports torch
-WITH_SITE = ("test_browser.py", "test_pages.py")  # one process, one built site
-LAST = "test_notebooks.py"  # they need the site, too, and wait for it
+TOGETHER = ("test_browser.py", "test_pages.py")  # one process each: what they load
+ORDER = ["test_scripts.py", "test_browser.py", "", "test_forms.py", "test_pages.py"]
 
 
-class BySite(LoadScopeScheduling):
-    """Tests of the built site stay together; others go to the process that is free."""
+def pytest_addoption(parser):
+    help = "make test-all: full sizes, all forms, slow proofs"
+    parser.addoption("--all", action="store_true", help=help)
+
+
+def pytest_configure(config):
+    global ALL
+    ALL = config.getoption("--all")
+
+
+class ByFile(LoadScopeScheduling):
+    """Tests that load the same site stay together; others go to whoever is free."""
 
     def _split_scope(self, nodeid):
         file = nodeid.partition("::")[0].rpartition("/")[2]
-        return "site" if file in WITH_SITE else nodeid
+        return file if file in TOGETHER else nodeid
 
 
 def pytest_xdist_make_scheduler(config, log):
-    return BySite(config, log)
+    return ByFile(config, log)
 
 
-SELECTED = set()  # pages that tests of one topic need; empty if they need the site
+SELECTED = set()  # pages that tests of one topic need; empty if they need them all
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name == LAST)
+def pytest_collection_modifyitems(config, items):
+    """Pages run first, because the site is laid out from what they gave."""
+
+    def place(item):
+        return ORDER.index(item.path.name if item.path.name in ORDER else "")
+
+    left_out = [item for item in items if item.get_closest_marker("slow") and not ALL]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = sorted((item for item in items if item not in left_out), key=place)
     with_site = [item for item in items if "site" in item.fixturenames]
     parameters = [getattr(item, "callspec", None) for item in with_site]
     if all(parameters):
@@ -68,10 +88,9 @@ def same_precision(request):
 
 
 def environment(**changes):
-    """Environment in which tutorials measure briefly and no display is to be had."""
+    """The environment without a display."""
     display = {"DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"}
-    plain = {key: value for key, value in os.environ.items() if key not in display}
-    return plain | {"PYTHONPATH": OUTSIDE} | changes
+    return {k: v for k, v in os.environ.items() if k not in display} | changes
 
 
 def run(*command, cwd, **changes):
@@ -159,25 +178,89 @@ def imagine(site, page, machine=MACHINE, folder="gpu", say="from the imaginary G
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """A copy of the repository, recorded on an imaginary GPU, where ``make html`` ran.
+def once(tmp_path_factory):
+    """once(name, make): the path that make(path) filled, by the first who asks.
 
-    The processes of a test run share it: the first one to come builds it.
+    The processes of a test run share it; the others wait until it is there.
     """
-    shared = tmp_path_factory.getbasetemp()
-    shared = (shared.parent if WORKERS > 1 else shared) / "site"
-    shared.mkdir(exist_ok=True)
-    with open(shared / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        copy, done = shared / "copy", shared / "done.json"
-        if not done.exists():
-            copy_repository(copy)
-            for tutorial in TUTORIALS:
-                imagine(copy, name_of(tutorial))
-            pattern = "|".join(sorted(SELECTED))
-            built = nox("html", "--", *[pattern] * bool(pattern), cwd=copy)
-            done.write_text(json.dumps([built.returncode, built.stdout + built.stderr]))
-        status, output = json.loads(done.read_text())
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if WORKERS > 1 else base
+
+    def get(name, make):
+        path, done = shared / name, shared / f"{name}.done"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(path)
+                path.mkdir()
+                make(path)
+                done.touch()
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def executed(once):
+    """executed(tutorial): what its one run gave, at its small sizes (--all: at full).
+
+    "text", which ran; "notebook", executed, None if it failed; "problems", a list.
+    """
+
+    def get(tutorial):
+        text = tutorial.read_text("utf-8") if ALL else engine.small(tutorial)
+        faults = engine.edits_of(tutorial)[1]
+
+        def run_it(folder):
+            arguments = folder / "result.json", tutorial, text, faults
+            log = folder / "log"
+            done = warm.call(engine.try_into, *arguments, log=log, seconds=1800)
+            if done.returncode:
+                died = [f"the run died, {done.returncode}:\n{done.output}"]
+                arguments[0].write_text(
+                    json.dumps({"notebook": None, "problems": died})
+                )
+
+        result = once(tutorial.stem, run_it) / "result.json"
+        return {"text": text} | json.loads(result.read_text())
+
+    return get
+
+
+def lay_out(site, tutorial, run):
+    """Put the text of a page and its outputs into a copy of the repository."""
+    name = name_of(tutorial)
+    (site / "tutorials" / f"{name}.py").write_text(run["text"], encoding="utf-8")
+    for outdated in site.glob(f"recordings/*/{name}.ipynb"):
+        outdated.unlink()
+    if run["notebook"]:
+        here = runner.folder_name(run["notebook"]["metadata"]["machine"])
+        path = site / "recordings" / here / f"{name}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run["notebook"]), encoding="utf-8")
+    imagine(site, name)
+
+
+@pytest.fixture(scope="session")
+def site(once, executed):
+    """A copy of the repository, laid out from the runs of its pages, and built.
+
+    Its scripts are what ran, so that outputs belong to their code. It is recorded on
+    this machine and on an imaginary GPU. Pages that were not asked for keep theirs.
+    """
+
+    def build_it(copy):
+        copy_repository(copy)
+        for tutorial in TUTORIALS:
+            if not SELECTED or tutorial.stem in SELECTED:
+                lay_out(copy, tutorial, executed(tutorial))
+        options = [*noxfile.sphinx_options("html"), "-Dplot_gallery=0"]
+        done = warm.build(copy, [*options, ".", "_build/html"])
+        (copy / "status.json").write_text(json.dumps(done))
+
+    copy = once("site", build_it)
+    status, output = json.loads((copy / "status.json").read_text())
     assert status == 0, output
     return copy
 

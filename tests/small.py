@@ -90,11 +90,13 @@ def small(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def built_once(tmp_path_factory):
-    site = make_small(tmp_path_factory.mktemp("built") / "site")
-    done = build(site)
-    assert done.returncode == 0, done.output
-    return site
+def built_once(once):
+    def build_it(site):
+        make_small(site)
+        done = build(site)
+        assert done.returncode == 0, done.output
+
+    return once("small", build_it)
 
 
 @pytest.fixture

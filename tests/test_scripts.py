@@ -1,19 +1,27 @@
-"""A tutorial is a plain script: it runs anywhere, and every check on it can fail."""
+"""Every page runs, once; every check on it can fail, and its code has been recorded."""
 
-import re
-import sys
+import json
 
 import pytest
-from conftest import ROOT, TUTORIALS, make_small, name_of, run
+import warm
+from conftest import ROOT, TUTORIALS, name_of
+from faults import engine
 
 import runner
 
 
-def test_runs_without_a_warning_and_every_assertion_can_fail(tutorial, tmp_path):
-    """Once in an empty folder; then every mistake of tests/faults/ in a child."""
-    done = run(sys.executable, ROOT / "runner.py", "--check", tutorial, cwd=tmp_path)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_runs_without_a_warning_and_every_check_can_fail(executed, tutorial):
+    """With it, every mistake of tests/faults/, and the blocks of code in its prose."""
+    problems = executed(tutorial)["problems"]
+    assert not problems, "\n".join(problems)
+
+
+def test_has_run_in_full_on_a_machine_that_recorded_it(tutorial):
+    name = f"{name_of(tutorial)}.ipynb"
+    recorded = runner.RECORDINGS.glob(f"*/{name}")
+    states = {path.parts[-3]: runner.state(tutorial, path) for path in recorded}
+    wanted = f"run it here at its full size: make record PAGES={tutorial.stem}"
+    assert "current" in states.values(), f"{wanted} ({states or 'no recording'})"
 
 
 def test_is_self_contained(tutorial):
@@ -38,15 +46,6 @@ def test_the_sections_hold_pages_and_nothing_else():
     assert named <= {name_of(tutorial) for tutorial in TUTORIALS}, (
         "faults of pages that are gone"
     )
-
-
-@pytest.mark.parametrize("name", ["plot_fastest_ensemble", "plot_faster_training"])
-def test_without_a_compiler_the_compiled_ways_are_left_out(name, tmp_path):
-    (tutorial,) = runner.named(f"{name}.py")
-    done = run(sys.executable, tutorial, cwd=tmp_path, PATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "No C++ compiler was found" in done.stdout
-    assert not re.findall(r"^compiled.*\d", done.stdout, re.MULTILINE)
 
 
 # --- the guard itself -------------------------------------------------------------
@@ -90,81 +89,88 @@ torch.testing.assert_close(x, x)
 
 
 @pytest.fixture
-def checked(tmp_path):
-    """Check a page with faults; return the status and what is said."""
-    site = make_small(tmp_path / "site")
+def try_page(tmp_path):
+    """Try a page with faults; return what is wrong, as one text."""
 
-    def check(page, faults=""):
-        (site / "tutorials/basics/plot_alpha.py").write_text(page)
-        file = site / "tests/faults/basics/plot_alpha.toml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(faults)
-        done = run(sys.executable, "runner.py", "--check", "plot_alpha", cwd=site)
-        return done.returncode, done.stdout + done.stderr
+    def call(text, faults=()):
+        result, page = tmp_path / "result.json", tmp_path / "alpha" / "plot_alpha.py"
+        arguments = result, page, text, list(faults)
+        done = warm.call(engine.try_into, *arguments, log=tmp_path / "log")
+        assert done.returncode == 0, done.output
+        return "\n".join(json.loads(result.read_text())["problems"])
 
-    return check
+    return call
 
 
 def fault(under, old, new, says=""):
-    return (
-        f"[[fault]]\nmistake = 'a mistake'\nunder = '{under}'\n"
-        f"old = '''{old}'''\nnew = '''{new}'''\nsays = '{says}'\n"
-    )
+    return {
+        "mistake": "a mistake",
+        "under": under,
+        "old": old,
+        "new": new,
+        "says": says,
+    }
 
 
-def test_a_page_without_faults_of_its_own_gets_the_generic_ones(checked):
-    status, says = checked(PAGE)
-    assert status == 0, says
-    assert says.count("noticed") == 2
+NOTICED = fault("Sums", "vmap(torch.sin)", "torch.cos", "vmap is")
 
 
-def test_every_assertion_needs_a_fault(checked):
-    status, says = checked(PAGE + SECOND)
-    assert status == 1
+def test_every_assertion_needs_a_fault(try_page):
+    assert try_page(PAGE, [NOTICED]) == ""
+    says = try_page(PAGE + SECOND, [NOTICED])
     for number, line in enumerate((PAGE + SECOND).splitlines(), 1):
         alone = "raise AssertionError" in line or "assert_close" in line
         told = f"plot_alpha.py:{number}: no fault makes this assertion fail" in says
         assert told == alone
-    both = "[[fault]]\nmistake = 'it is taken'\nunder = 'Refused'\nlibrary = 'accept'\n"
-    both += fault(
+    taken = fault("Refused", "value.item()", "value", "took .item()")
+    close = fault(
         "Refused", "assert_close(x, x)", "assert_close(x, x + 1)", "not close"
     )
-    status, says = checked(PAGE + SECOND, both)
-    assert status == 0, says
+    assert try_page(PAGE + SECOND, [NOTICED, taken, close]) == ""
+
+
+BLOCK = """
+# %%
+# Then write
+#
+# .. code-block:: python
+#
+#    twice = 2 * together
+"""
 
 
 @pytest.mark.parametrize(
     ("page", "faults", "words"),
     [
-        (PAGE, fault("Sums", "arange(3.0)", "ones(3)"), "no assertion notices it"),
-        (PAGE, fault("Sums", "arange(3.0)", "arange(3"), "does not fit"),
-        (PAGE, fault("Sums", "vmap(torch.sin)", "torch.cos", "other words"), "vmap is"),
-        (PAGE, fault("Sums", "torch.sin", "torch.cos"), "stands 2 times under 'Sums'"),
-        (PAGE, fault("Elsewhere", "x", "y"), "no code under a heading 'Elsewhere'"),
+        (PAGE, [fault("Sums", "arange(3.0)", "ones(3)")], "no assertion notices it"),
+        (PAGE, [fault("Sums", "arange(3.0)", "arange(3")], "does not fit"),
+        (PAGE, [NOTICED | {"says": "other words"}], "vmap is"),
+        (PAGE, [fault("Sums", "torch.sin", "cos")], "stands 2 times under 'Sums'"),
+        (PAGE, [fault("Elsewhere", "x", "y")], "no code under a heading 'Elsewhere'"),
+        (PAGE, [fault("Sums", "assert diff", "print(diff) #")], "takes one away"),
         (
             PAGE,
-            fault("Sums", "assert difference", "print(difference) #"),
-            "takes one away",
+            [fault("Sums", "import torch\n", "import unittest\n"
+            "unittest.TestCase().assertTrue(False)\n")],
+            "an assertion of a library, not of the page",
         ),
-        (
-            PAGE + "open('left.txt', 'w').close()\n",
-            "",
-            "leaves files behind: ['left.txt']",
-        ),
-        (PAGE + "import warnings\nwarnings.warn('old')\n", "", "UserWarning: old"),
-        (PAGE.replace("vmap(torch.sin)", "torch.sin"), "", "no assertion notices it"),
+        (PAGE + "open('left.txt', 'w').close()\n", [], "files behind: ['left.txt']"),
+        (PAGE + "import warnings\nwarnings.warn('old')\n", [], "UserWarning: old"),
+        (PAGE + "raise ValueError('broken')\n", [], "ValueError: broken"),
+        (PAGE + BLOCK.replace("together", "both"), [], "name 'both' is not defined"),
+        (PAGE + BLOCK + BLOCK.replace("2 *", "twice *"), [NOTICED], ""),
     ],
-)
-def test_what_is_wrong_is_said(checked, page, faults, words):
-    status, says = checked(page, faults)
-    assert status == 1
+)  # fmt: skip
+def test_what_is_wrong_is_said(try_page, page, faults, words):
+    says = try_page(page, faults)
     assert words in says
+    assert bool(words) == bool(says)
 
 
-def test_an_assertion_of_a_library_does_not_count(checked):
-    library = (
-        "import unittest\nunittest.TestCase().assertTrue(False)\nx = torch.arange(3.0)"
+def test_a_small_size_that_does_not_fit_is_told(monkeypatch):
+    page = TUTORIALS[0]
+    monkeypatch.setattr(
+        engine, "edits_of", lambda page: ([["Set-up", "x = 5", ""]], [])
     )
-    status, says = checked(PAGE, fault("Sums", "x = torch.arange(3.0)", library))
-    assert status == 1
-    assert "an assertion of a library, not of the page" in says
+    with pytest.raises(ValueError, match=rf"{page.name}: 'x = 5' stands 0 times"):
+        engine.small(page)
