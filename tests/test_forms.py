@@ -11,9 +11,15 @@ from conftest import TUTORIALS, environment, name_of, run
 
 import runner
 
-# Pages that differ in kind: the flagship, one that compiles, one that starts processes.
-KINDS = ["plot_ensembling", "plot_recipes", "plot_how_far"]
-IN_FORMS = [page for page in TUTORIALS if conftest.ALL or page.stem in KINDS]
+# Pages that differ in kind: the flagship, one that starts processes from functions of
+# its cells, one that compiles. make test-all runs every page in both forms.
+IN_A_KERNEL, AS_A_SCRIPT = (
+    [page for page in TUTORIALS if conftest.ALL or page.stem in names]
+    for names in (
+        ["plot_ensembling", "plot_how_far"],
+        ["plot_ensembling", "plot_recipes"],
+    )
+)
 
 # What Sphinx-Gallery's converter leaves behind of reStructuredText it does not know.
 RAW_RST = re.compile(
@@ -49,7 +55,7 @@ def test_notebook_is_the_script_and_reads_well(site, tutorial):
     assert folded == [cell.code for cell in cells if runner.draws(cell.code)]
 
 
-@pytest.mark.parametrize("tutorial", IN_FORMS, ids=name_of)
+@pytest.mark.parametrize("tutorial", IN_A_KERNEL, ids=name_of)
 def test_notebook_runs_in_an_empty_folder(site, tutorial, tmp_path):
     notebook = downloaded(site, tutorial)
     client = nbclient.NotebookClient(
@@ -66,7 +72,7 @@ def test_notebook_runs_in_an_empty_folder(site, tutorial, tmp_path):
     assert list(tmp_path.iterdir()) == [], "the notebook left files behind"
 
 
-@pytest.mark.parametrize("tutorial", IN_FORMS, ids=name_of)
+@pytest.mark.parametrize("tutorial", AS_A_SCRIPT, ids=name_of)
 def test_script_runs_in_an_empty_folder_without_a_warning(executed, tutorial, tmp_path):
     script, folder = tmp_path / tutorial.name, tmp_path / "empty"
     script.write_text(executed(tutorial)["text"])

@@ -36,6 +36,7 @@ UNDOCUMENTED = {
     "torch.float64",
     "torch.inf",
     "torch.int64",
+    "torch.long",
     "torch.nan",
     "torch.pi",
 }
