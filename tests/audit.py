@@ -29,6 +29,11 @@ GOALS = {
 COMPRESSED = {".html", ".css", ".js", ".svg", ".json", ".txt", ".xml"}
 
 
+@functools.cache
+def compressed(path):
+    return gzip.compress(path.read_bytes())
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Sends files compressed, as every host does."""
 
@@ -39,11 +44,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             return self.send_error(404)
-        content = path.read_bytes()
         self.send_response(200)
         if path.suffix in COMPRESSED:
-            content = gzip.compress(content)
+            content = compressed(path)
             self.send_header("Content-Encoding", "gzip")
+        else:
+            content = path.read_bytes()
         self.send_header("Content-Type", self.guess_type(path))
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "max-age=600")

@@ -50,41 +50,45 @@ def chromium():
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def context(chromium):
+    """One for all tests: what all pages load is loaded once."""
+    with chromium.new_context() as context:
+        context.set_default_timeout(120_000)  # other tests run beside this one
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        yield context
+
+
 @pytest.fixture
-def visit(chromium, address):
+def visit(context, address):
     """Open a page of the site; fail on any error in it and on any other host."""
-    contexts, problems = [], []
+    opened, problems = [], []
+
+    def on_console(message):
+        if message.type == "error":
+            problems.append(message.text)
+
+    def on_request(request):
+        if not request.url.startswith((address, "data:")):
+            problems.append(f"other host: {request.url}")
 
     def open_page(name, width=1280, theme="light", system_theme="light"):
-        context = chromium.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=system_theme
-        )
-        context.set_default_timeout(120_000)  # other tests run beside this one
-        contexts.append(context)
-        context.add_init_script(f"localStorage.setItem('mode', '{theme}')")
         page = context.new_page()
+        opened.append(page)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=system_theme)
+        page.add_init_script(f"localStorage.setItem('mode', '{theme}')")
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "console",
-            lambda message: (
-                problems.append(message.text) if message.type == "error" else None
-            ),
-        )
+        page.on("console", on_console)
         page.on("requestfailed", lambda request: problems.append(request.url))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith((address, "data:"))
-                else problems.append(f"other host: {request.url}")
-            ),
-        )
+        page.on("request", on_request)
         page.goto(f"{address}/{name}", wait_until="load")
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in opened:
+        page.evaluate("localStorage.clear()")
+        page.close()
     assert not problems
 
 
@@ -160,13 +164,13 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("typed", WANTED)
-def test_search_finds_the_page_among_the_first_three(visit, typed):
-    page = visit(f"search.html?q={typed.replace(' ', '+')}")
-    results = page.locator("#search-results li a")
-    results.nth(0).wait_for()
-    first = [link.get_attribute("href") for link in results.all()[:3]]
-    assert any(WANTED[typed] in link for link in first), first
+def test_search_finds_the_page_among_the_first_three(visit):
+    for typed, wanted in WANTED.items():
+        page = visit(f"search.html?q={typed.replace(' ', '+')}")
+        results = page.locator("#search-results li a")
+        results.nth(0).wait_for()
+        first = [link.get_attribute("href") for link in results.all()[:3]]
+        assert any(wanted in link for link in first), f"{typed}: {first}"
 
 
 def test_search_knows_only_phrases_of_pages_that_exist():
@@ -301,7 +305,6 @@ def focus(page, name):
 
 def test_theme_copy_and_search_with_the_keyboard(visit):
     page = visit(f"{TUTORIAL}.html")
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     focus(page, "Color mode")
     page.keyboard.press("Enter")
     page.keyboard.press("ArrowDown")  # to the first choice

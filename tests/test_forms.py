@@ -21,6 +21,8 @@ IN_A_KERNEL, AS_A_SCRIPT = (
     )
 )
 
+slow = pytest.mark.slow
+
 # What Sphinx-Gallery's converter leaves behind of reStructuredText it does not know.
 RAW_RST = re.compile(
     r":\w+:`|^\s*\.\. \w|::\s*$|`_+(?!\w)|\)_|\[#?\w+\]_", re.MULTILINE
@@ -82,7 +84,10 @@ def test_script_runs_in_an_empty_folder_without_a_warning(executed, tutorial, tm
     assert list(folder.iterdir()) == [], "the script left files behind"
 
 
-@pytest.mark.parametrize("name", ["plot_fastest_ensemble", "plot_faster_training"])
+@pytest.mark.parametrize(
+    "name",
+    ["plot_fastest_ensemble", pytest.param("plot_faster_training", marks=slow)],
+)
 def test_without_a_compiler_the_compiled_ways_are_left_out(name, executed, tmp_path):
     (tutorial,) = runner.named(f"{name}.py")
     script = tmp_path / tutorial.name
