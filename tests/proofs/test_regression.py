@@ -120,7 +120,11 @@ def test_longer_training_makes_the_variances_too_small():
 
 @pytest.mark.parametrize(
     ("activation", "rate", "num_members", "num_points"),
-    [(nn.Tanh, 0.01, 10, 40), (nn.ReLU, 0.03, 10, 40), (nn.ReLU, 0.01, 5, 20)],
+    [
+        pytest.param(nn.Tanh, 0.01, 10, 40, marks=pytest.mark.slow),
+        pytest.param(nn.ReLU, 0.03, 10, 40, marks=pytest.mark.slow),
+        (nn.ReLU, 0.01, 5, 20),
+    ],
 )
 def test_ignorance_finds_where_data_end_but_is_no_error_bar(
     activation, rate, num_members, num_points, monkeypatch

@@ -67,8 +67,7 @@ minibatch = data[0]  # [64, 1, 28, 28], one for all
 # Call all models at once
 # -----------------------
 #
-# The lines to copy. Option 1 gives every model **its own minibatch**, as in training;
-# option 2 gives all models **the same minibatch**, as in prediction.
+# Option 1 gives each model **its own minibatch**, option 2 gives all **the same one**.
 
 params, buffers = stack_module_state(models)  # "fc1.weight": [10, 128, 9216], ...
 with torch.device("meta"):
