@@ -201,7 +201,8 @@ def test_checkpointing_works_around_vmap_and_not_inside(params, x):
     def inside(params, x):
         return checkpoint(loss, params, x, use_reentrant=False)
 
-    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+    refused = "saved tensor hooks|does not have vmap support"  # torch 2.13, 2.11
+    with pytest.raises(RuntimeError, match=refused):
         vmap(grad(inside))(params, x)
     with pytest.raises(RuntimeError):
         vmap(inside)(params, x).sum().backward()
