@@ -37,7 +37,7 @@ help:
 	@echo "make record [PAGES=...]    execute pages, record them in recordings/"
 	@echo "make recordings            show what is recorded where, and what is outdated"
 	@echo "make test [ARGS=...]       lint, every page at small sizes; ARGS go to pytest"
-	@echo "make test-all [ARGS=...]   every page at full size and in every form; an hour"
+	@echo "make test-all [ARGS=...]   every page at full size and in every form: long"
 	@echo "make audit [PAGES=words]   Lighthouse and html-validate on _build/html (npx)"
 	@echo "make serve [PORT=8000]     serve _build/html on this machine"
 	@echo "make linkcheck             follow every external link (needs the network)"
