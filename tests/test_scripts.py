@@ -1,6 +1,7 @@
 """Every page runs, once; every check on it can fail, and its code has been recorded."""
 
 import json
+import re
 
 import pytest
 import warm
@@ -30,6 +31,15 @@ def test_is_self_contained(tutorial):
         assert word not in text, word
     assert "_ext" not in text
     assert "runner" not in text
+
+
+def test_every_block_of_python_in_prose_is_known_to_the_engine(tutorial):
+    """It runs what it finds; a block in another spelling would never run."""
+    text = tutorial.read_text(encoding="utf-8")
+    languages = re.findall(r"code(?:-block)?:: *(\w*)", text)
+    assert set(languages) <= {"python", "bash", "none"}
+    blocks = list(engine.blocks_of(runner.split(text)))
+    assert len(blocks) == languages.count("python")
 
 
 def test_the_sections_hold_pages_and_nothing_else():

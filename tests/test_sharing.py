@@ -11,16 +11,16 @@ ADDRESS = "https://example.org/ensembles"
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
+def shared(once):
     """A small site with an address and a repository; nothing ran."""
-    site = make_small(tmp_path_factory.mktemp("shared") / "site")
-    done = build(
-        site,
-        *["-Dplot_gallery=0", f"-Dhtml_baseurl={ADDRESS}/"],
-        "-Drepository=someone/ensembles",
-    )
-    assert done.returncode == 0, done.output
-    return site
+
+    def build_it(site):
+        make_small(site)
+        options = [f"-Dhtml_baseurl={ADDRESS}/", "-Drepository=someone/ensembles"]
+        done = build(site, "-Dplot_gallery=0", *options)
+        assert done.returncode == 0, done.output
+
+    return once("shared", build_it)
 
 
 def soup(site, name):

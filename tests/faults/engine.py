@@ -1,6 +1,6 @@
 """Runs a page at its small sizes, and tries the mistakes of its readers from that run.
 
-    python tests/faults/engine.py PAGE [--full]
+    python tests/faults/engine.py PAGE
 
 What it needs to know of a page stands in tests/faults/<section>/plot_x.toml, as edits
 of the page's text, each of a piece of code that is unique under a heading:
@@ -72,11 +72,11 @@ def apply(edit, text):
     Raises ValueError where the edit does not fit, SyntaxError where its result is no
     Python.
     """
-    cells, under = runner.split(text), edit.get("under")
+    cells, under = runner.split(text), edit["under"]
     places = [
         (number, cell)
         for number, cell in enumerate(cells)
-        if cell.code and under in (None, cell.heading)
+        if cell.code and under == cell.heading
     ]
     if not places:
         raise ValueError(f"there is no code under a heading {under!r}")
@@ -189,7 +189,7 @@ def run_blocks(codes):
 # --- a page -----------------------------------------------------------------------
 
 
-def try_page(page, text, faults, say=print):
+def try_page(page, text, faults):
     """Run the text of a page, warnings as errors, with its faults.
 
     Returns {"notebook": the executed notebook or None, "problems": a list of lines}.
@@ -217,7 +217,7 @@ def try_page(page, text, faults, say=print):
             wanted = f"an assertion of the page that says {fault.get('says', '')!r}"
             problems.append(f"'{fault['mistake']}': wanted {wanted}, got: {says}")
         word, seconds = "noticed" if good else "MISSED ", time.perf_counter() - start
-        say(f"{word}  {seconds:4.1f} s  {fault['mistake']}")
+        print(f"{word}  {seconds:4.1f} s  {fault['mistake']}")
 
     blocks = list(blocks_of(cells))
 
@@ -232,7 +232,7 @@ def try_page(page, text, faults, say=print):
 
     forks = hasattr(os, "fork") and not torch.accelerator.is_available()
     if not forks:
-        say("faults are skipped: a process cannot be forked here")
+        print("faults are skipped: a process cannot be forked here")
     runner.set_style()
     outputs, notebook, start = {}, None, time.perf_counter()
     with runner.empty_folder() as left:
@@ -264,12 +264,14 @@ def try_into(target, page, text, faults):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("page", help="path or part of a name")
-    parser.add_argument("--full", action="store_true", help="at full size")
-    options = parser.parse_args()
-    (page,) = runner.named(options.page)
-    text = page.read_text(encoding="utf-8") if options.full else small(page)
+    page, *others = runner.named(parser.parse_args().page)
+    if others:
+        names = "\n  ".join(other.stem for other in [page, *others])
+        sys.exit(
+            f"one page at a time, in a process of its own; these match:\n  {names}"
+        )
     start = time.perf_counter()
-    problems = try_page(page, text, edits_of(page)[1])["problems"]
+    problems = try_page(page, small(page), edits_of(page)[1])["problems"]
     good = f"{page.stem}: every check can fail, {time.perf_counter() - start:.1f} s"
     print(*problems or [good], sep="\n")
     return bool(problems)

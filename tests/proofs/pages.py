@@ -19,6 +19,16 @@ def cells_of(page):
     return runner.split(text_of(page))
 
 
+def pages_of(section):
+    paths = sorted((runner.TUTORIALS / section).glob("plot_*.py"))
+    return [f"{section}/{path.stem}" for path in paths]
+
+
+def defined_in(page):
+    """Names of the functions and classes of a page."""
+    return {getattr(node, "name", None) for node in ast.parse(text_of(page)).body}
+
+
 def lifted(page, wanted):
     """Imports, functions and classes of a page: all of them, or those wanted."""
     found, missing = [], set(wanted)

@@ -3,19 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from pages import functions_of, names_of
+from pages import defined_in, functions_of, names_of, pages_of
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, roc_curve
 
-SHARED = {
-    "uncertainty/plot_more_members": "check nll brier calibration_error",
-    "uncertainty/plot_from_many_to_few": "check nll",
-    "uncertainty/plot_unknown_inputs": "check_probs entropy mutual_information "
-    "check_scores auroc fpr_at_95",
-}
+NAMES = {"check", "nll", "brier", "calibration_error", "check_probs", "entropy"}
+NAMES |= {"mutual_information", "check_scores", "auroc", "fpr_at_95"}
+SHARED = {page: NAMES & defined_in(page) for page in pages_of("uncertainty")}
 METRICS = {
     name: function
     for page, wanted in SHARED.items()
-    for name, function in names_of(page, *wanted.split()).items()
+    if wanted
+    for name, function in names_of(page, *wanted).items()
 }
 
 
@@ -38,9 +36,10 @@ KINDS = ["random", "two", "one image", "uniform", "extreme"]
 def test_equal_names_have_equal_text():
     found = {}
     for page, wanted in SHARED.items():
-        for name in wanted.split():
+        for name in wanted:
             text = functions_of(page, name)
             found.setdefault(name, set()).add(text[text.index("\ndef ") :])
+    assert found.keys() == NAMES
     assert all(len(texts) == 1 for texts in found.values()), found
 
 
