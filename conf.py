@@ -17,12 +17,11 @@ extensions = [
     "sphinx_design",
     "sphinx_copybutton",
     "_ext.gallery",
+    "_ext.pages",
     "_ext.recordings",
     "_ext.page_head",
     "_ext.page_links",
-    "_ext.fold",
     "_ext.formulas",
-    "_ext.search_words",
     "_ext.pictures",
     "_ext.sharing",
     "_ext.light",
@@ -55,28 +54,14 @@ intersphinx_mapping = {
 sphinx_gallery_conf = {
     "examples_dirs": ["tutorials"],
     "gallery_dirs": ["auto_tutorials"],
-    "subsection_order": [
-        "tutorials/basics",
-        "tutorials/training",
-        "tutorials/speed",
-        "tutorials/uncertainty",
-        "tutorials/scale",
-        "tutorials/beyond",
-        "*",
-    ],
-    "within_subsection_order": "_ext.reading_order.key",
-    "filename_pattern": r"/plot_",
+    "subsection_order": "_ext.pages.section_order",
+    "within_subsection_order": "_ext.pages.page_order",
     "ignore_pattern": r"^(?!plot_).*\.py$",
-    "image_scrapers": ("_ext.figures.scraper",),
-    "reset_modules": ("matplotlib", "_ext.figures.reset", "_ext.torch_state.reset"),
-    "reset_modules_order": "both",  # leave no state to the build either
-    "capture_repr": (),  # pages show what scripts print, as a script run does
-    "remove_config_comments": True,
+    "plot_gallery": "False",  # runner.py executes pages, recordings.py shows outputs
+    "download_all_examples": True,
     "show_signature": False,
-    "write_computation_times": False,  # its tables load scripts from other hosts
-    "download_all_examples": False,
+    "write_computation_times": False,
     "css": ("sg_gallery",),
-    "plot_gallery": "True",  # a string, so that -D plot_gallery=0 is no type error
 }
 
 # Outputs get no copy button.

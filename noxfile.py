@@ -4,7 +4,6 @@ All tasks run in one environment, the one that nox itself is installed in, becau
 torch is too large to install twice. ``make`` creates it from ``requirements.txt``.
 """
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ nox.options.error_on_external_run = False
 nox.options.sessions = ["html"]
 
 ROOT = Path(__file__).parent
-TUTORIALS = ROOT / "tutorials"
 BUILD = ROOT / "_build"
 
 
@@ -48,42 +46,18 @@ def publish(session):
     session.log(f"The site is ready: {(html / 'index.html').as_uri()} (or: make serve)")
 
 
-def matching(session, pattern):
-    """Tutorials whose path below tutorials/ matches the regular expression."""
-    names = sorted(
-        path.relative_to(TUTORIALS).as_posix() for path in TUTORIALS.rglob("plot_*.py")
-    )
-    try:
-        found = [name for name in names if re.search(pattern, name)]
-    except re.error as problem:
-        session.error(f"PATTERN={pattern} is not a regular expression: {problem}")
-    if not found:
-        session.error(
-            f"no tutorial matches PATTERN={pattern}. There are:\n  "
-            + "\n  ".join(names)
-        )
-    return found
-
-
 @nox.session
 def html(session):
     """Execute what changed, build the site; -- PATTERN executes only what matches."""
-    options = []
-    if session.posargs:
-        names = matching(session, session.posargs[0])
-        wanted = "|".join(re.escape(f"/{name}") for name in names)
-        options = [
-            f"-Dsphinx_gallery_conf.filename_pattern=({wanted})$",
-            "-Dsphinx_gallery_conf.run_stale_examples=True",
-        ]
-    sphinx(session, "html", "_build/stage", *options)
+    session.run(sys.executable, "runner.py", "--build", *session.posargs)
+    sphinx(session, "html", "_build/stage")
     publish(session)
 
 
 @nox.session(name="html-noplot")
 def html_noplot(session):
     """Build the site without executing anything."""
-    sphinx(session, "html", "_build/stage", "-Dplot_gallery=0")
+    sphinx(session, "html", "_build/stage")
     publish(session)
 
 
@@ -102,7 +76,7 @@ def recordings(session):
 @nox.session
 def linkcheck(session):
     """Follow every external link (needs the network)."""
-    sphinx(session, "linkcheck", "_build/linkcheck", "-Dplot_gallery=0")
+    sphinx(session, "linkcheck", "_build/linkcheck")
 
 
 @nox.session

@@ -5,7 +5,8 @@
     python runner.py --table            what is recorded where, and what is outdated
 
 A recording is the executed notebook recordings/<machine>/<section>/plot_x.ipynb. It
-needs no network and nothing of this site: a bare copy of the repository will do.
+needs no network and nothing of this site: a bare copy of this file and tutorials/ will
+do. ``make html`` runs what changed (--build), into _build/runs.
 """
 
 import argparse
@@ -21,18 +22,21 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import tomllib
 import types
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 TUTORIALS, RECORDINGS = ROOT / "tutorials", ROOT / "recordings"
+RUNS = ROOT / "_build" / "runs"  # recordings of the machine that builds the site
 OLDEST_TORCH = (2, 11)
-MISSING = 3  # exit status where a page's own library is not installed
 
 
 # --- a page as cells --------------------------------------------------------------
@@ -208,6 +212,14 @@ def this_machine():
     }
 
 
+def who():
+    """``this_machine``, asked elsewhere: what starts pages shall hold no GPU itself."""
+    code = "import json, runner; print(json.dumps(runner.this_machine()))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
 def hardware(machine):
     """What makes two machines the same: of a GPU the host does not count."""
     keys = (
@@ -358,13 +370,52 @@ def notebook(cells, outputs, machine, seconds):
     }
 
 
-def recorded_code(recording):
-    """Code cells of a recording, in the form of ``code_of``."""
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def recorded_code(notebook):
+    """Code cells of a notebook, in the form of ``code_of``."""
     return [
         [line.rstrip() for line in "".join(cell["source"]).splitlines()]
-        for cell in recording["cells"]
-        if cell["cell_type"] == "code"
+        for cell in code_cells(notebook)
     ]
+
+
+def recorded_output(cell):
+    """What a recorded cell shows, in the form of ``run``: (text, figures)."""
+    text, figures = "", []
+    for output in cell["outputs"]:
+        if output["output_type"] == "stream":
+            text += "".join(output["text"])
+        else:
+            svg, alt = (output["data"][x] for x in ("image/svg+xml", "text/plain"))
+            figures.append(("".join(svg), "".join(alt)))
+    return text, figures
+
+
+class Recording(NamedTuple):
+    """What an executed notebook says."""
+
+    machine: dict
+    seconds: float
+    code: list  # in the form of code_of
+    outputs: list  # of each code cell (text, [(SVG, alternative text)])
+
+
+def read(path):
+    """A recording. Raises ValueError, with what to do, where it is damaged."""
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        machine, seconds = (notebook["metadata"][x] for x in ("machine", "seconds"))
+        describe(machine)
+        outputs = [recorded_output(cell) for cell in code_cells(notebook)]
+        return Recording(machine, float(seconds), recorded_code(notebook), outputs)
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f"{path.relative_to(ROOT)} is damaged: {type(problem).__name__}: {problem}."
+            f" Restore it from git, or record it again: python runner.py {path.stem}"
+        ) from None
 
 
 def current(recording, cells):
@@ -373,44 +424,8 @@ def current(recording, cells):
     A cell's outputs belong to its code and to all code before it, so they are current
     up to the first cell that differs.
     """
-    pairs = zip(recorded_code(recording), code_of(cells), strict=False)
+    pairs = zip(recording.code, code_of(cells), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def read_recording(path):
-    """A recording as a dictionary; None where it is damaged."""
-    try:
-        recording = json.loads(path.read_text(encoding="utf-8"))
-        hardware(recording["metadata"]["machine"])
-        recorded_code(recording)
-    except (ValueError, KeyError, TypeError):
-        return None
-    return recording
-
-
-def record(page, name):
-    """Run a page and write its recording, whole or not at all."""
-    machine = this_machine()
-    folder = RECORDINGS / (name or folder_name(machine))
-    for other in filter(None, map(read_recording, folder.glob("*/*.ipynb"))):
-        owner = other["metadata"]["machine"]
-        if hardware(owner) != hardware(machine):
-            sys.exit(
-                f"{folder.name} is the name of another machine ({describe(owner)}). "
-                "Give this one a name of its own: --machine NAME"
-            )
-    start = time.perf_counter()
-    cells = split(page.read_text(encoding="utf-8"))
-    with empty_folder():
-        outputs = {number: output for number, *output in run(page, cells)}
-    seconds = time.perf_counter() - start
-    target = folder / page.relative_to(TUTORIALS).with_suffix(".ipynb")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_suffix(".new")
-    content = notebook(cells, outputs, machine, seconds)
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, target)
-    print(f"{target.relative_to(ROOT)}, {seconds:.1f} s")
 
 
 def state(page, path):
@@ -419,14 +434,43 @@ def state(page, path):
         return "missing" if page.exists() else ""
     if not page.exists():
         return "page is gone: git rm it"
-    recording = read_recording(path)
-    if recording is None:
+    try:
+        recording = read(path)
+    except ValueError:
         return "damaged: record again"
     cells = split(page.read_text(encoding="utf-8"))
     number = current(recording, cells)
-    if number == len(code_of(cells)) == len(recorded_code(recording)):
-        return "current"
-    return f"outdated from cell {number + 1}"
+    whole = number == len(code_of(cells))
+    return "current" if whole else f"outdated from cell {number + 1}"
+
+
+def place(folder, page):
+    """Where the recording of a page stands in the folder of a machine."""
+    return folder / page.relative_to(TUTORIALS).with_suffix(".ipynb")
+
+
+def is_done(page, folder, machine):
+    """Whether this machine, with this torch, has run the page as it is."""
+    path = place(folder, page)
+    if state(page, path) != "current":
+        return False
+    there = read(path).machine
+    return hardware(there) == hardware(machine) and there["torch"] == machine["torch"]
+
+
+def record(page, folder):
+    """Run a page and write its recording, whole or not at all."""
+    start = time.perf_counter()
+    cells = split(page.read_text(encoding="utf-8"))
+    with empty_folder():
+        outputs = {number: output for number, *output in run(page, cells)}
+    seconds = time.perf_counter() - start
+    target = place(folder, page)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_suffix(".new")
+    content = notebook(cells, outputs, this_machine(), seconds)
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, target)
 
 
 def table():
@@ -441,28 +485,139 @@ def table():
         script = (TUTORIALS / page).with_suffix(".py")
         paths = [(machine / page).with_suffix(".ipynb") for machine in machines]
         rows.append([page.as_posix(), *(state(script, path) for path in paths)])
+    print_columns(rows)
+
+
+def print_columns(rows):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join(padded).rstrip())
 
 
-# --- the command ------------------------------------------------------------------
+# --- many pages, each in a process of its own -------------------------------------
+
+
+def listed():
+    """Pages in reading order: section/plot_x -> words by which search finds it."""
+    file = TUTORIALS / "pages.toml"
+    sections = tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {
+        f"{section}/{page}": words
+        for section, pages in sections.items()
+        for page, words in pages.items()
+    }
+
+
+def name_of(page):
+    """basics/plot_ensembling, of a path."""
+    return page.relative_to(TUTORIALS).with_suffix("").as_posix()
 
 
 def all_pages():
-    return sorted(TUTORIALS.rglob("plot_*.py"))
+    """Every page, in reading order; those that are not listed come last."""
+    order = list(listed())
+    pages = sorted(TUTORIALS.rglob("plot_*.py"))
+    return sorted(
+        pages, key=lambda x: order.index(name_of(x)) if name_of(x) in order else 1e9
+    )
+
+
+def worth(page):
+    """Sort key for a machine that one has for minutes: the first page, then speed."""
+    return page != all_pages()[0], page.parent.name != "speed"
+
+
+def seconds_of(page, folder):
+    """How long a page took last time, here or else where it was recorded; or None."""
+    for path in [place(folder, page), *RECORDINGS.glob(f"*/{name_of(page)}.ipynb")]:
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            return read(path).seconds
+    return None
+
+
+def in_a_process(command, limit):
+    """Run a command, and end with it all that it started; its status and stderr."""
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, told = process.communicate(timeout=limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, told
+
+
+def run_page(page, command, limit):
+    """Run the process of a page. Returns what came of it, and in which words."""
+    start = time.perf_counter()
+    try:
+        status, told = in_a_process([*command, str(page)], limit)
+    except subprocess.TimeoutExpired:
+        return "failed", f"it took more than {limit:g} s"
+    sys.stderr.write(told)
+    if status == 0:
+        return "done", f"{time.perf_counter() - start:.1f} s"
+    lines = re.findall(rf'{page.name}", line (\d+)', told)
+    where = f"line {lines[-1]}: " if lines else ""
+    reason = told.strip().splitlines()[-1] if told.strip() else f"status {status}"
+    return "failed", where + reason
+
+
+def pack(folder, archive):
+    """One file with all recordings of a machine."""
+    scratch = archive.with_suffix(".new")
+    with tarfile.open(scratch, "w:gz") as tar:
+        tar.add(folder, f"recordings/{folder.name}")
+    os.replace(scratch, archive)
+
+
+def run_all(pages, folder, command, options):
+    """Run each page in a process of its own; return whether one did not succeed.
+
+    What fails or is interrupted costs the others nothing: a table says what came of
+    each, and the archive holds what is there.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    came = {page: ("left", "") for page in pages}
+    last = {page: seconds_of(page, folder) for page in pages}
+    try:
+        for number, page in enumerate(pages):
+            rest = [last[page] or 0 for page in pages[number:]]
+            took = f": last time {last[page]:.0f} s" if last[page] else ""
+            left = f" of {sum(rest):.0f} s for all that is left" if took else ""
+            print(
+                f"[{number + 1}/{len(pages)}] {name_of(page)}{took}{left}", flush=True
+            )
+            came[page] = run_page(page, command, options.limit)
+            if options.pack and folder.exists():
+                pack(folder, options.pack)
+    except KeyboardInterrupt:
+        print("interrupted")
+    if len(pages) > 1:
+        print_columns(
+            [[word, name_of(page), why] for page, (word, why) in came.items()]
+        )
+    words = [word for word, _ in came.values()]
+    if wrong := len(words) - words.count("done"):
+        print(f"{wrong} of {len(pages)} pages did not succeed")
+    return wrong > 0
+
+
+# --- the command ------------------------------------------------------------------
 
 
 def named(name):
-    """The page of a path, or of a part of its name."""
-    found = [page for page in all_pages() if page == Path(name).resolve()]
-    found = found or [page for page in all_pages() if name in page.as_posix()]
+    """The page of a path, or those whose section/plot_x.py a pattern fits."""
+    pages = {f"{name_of(page)}.py": page for page in all_pages()}
+    found = [page for page in pages.values() if page == Path(name).resolve()]
+    try:
+        found = found or [pages[known] for known in pages if re.search(name, known)]
+    except re.error as problem:
+        sys.exit(f"{name} is not a regular expression: {problem}")
     if not found:
-        known = "\n  ".join(
-            page.relative_to(TUTORIALS).as_posix() for page in all_pages()
-        )
-        sys.exit(f"no tutorial is named {name}. There are:\n  {known}")
+        sys.exit(f"no tutorial is named {name}. There are:\n  " + "\n  ".join(pages))
     return found
 
 
@@ -478,57 +633,66 @@ def torch_trouble():
     return None
 
 
-def run_one(page, options):
-    """Do in this process what the options ask for; return the exit status."""
-    try:
-        set_style()
-        show(page) if options.show else record(page, options.machine)
-    except ModuleNotFoundError as missing:
-        print(
-            f"skipped {page.stem}: it needs {missing.name}, which is not installed here"
-        )
-        return MISSING
-    return 0
+def in_this_process(page, folder):
+    """Record a page below folder, or print its outputs where there is none."""
+    set_style()
+    record(page, folder) if folder else show(page)
 
 
-def main():
+def folder_of(machine, options):
+    """Folder for the recordings of this machine; stops where it is another's."""
+    if options.build:
+        return RUNS / folder_name(machine)
+    folder = RECORDINGS / (options.machine or folder_name(machine))
+    for path in folder.glob("*/*.ipynb"):
+        with contextlib.suppress(ValueError):
+            owner = read(path).machine
+            if hardware(owner) != hardware(machine):
+                sys.exit(
+                    f"{folder.name} is the name of another machine ({describe(owner)})."
+                    " Give this one a name of its own: --machine NAME"
+                )
+    return folder
+
+
+def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "pages", nargs="*", metavar="PAGE", help="path or part of a name"
-    )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--show", action="store_true", help="print outputs, write nothing"
-    )
-    mode.add_argument("--table", action="store_true", help="what is recorded where")
-    parser.add_argument("--machine", help="name of the folder in recordings/")
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("pages", nargs="*", metavar="PAGE", help="path or part of a name")
+    add("--show", action="store_true", help="print outputs, write nothing")
+    add("--table", action="store_true", help="what is recorded where")
+    add("--build", action="store_true", help="for make html: run what changed")
+    add("--machine", help="name of the folder in recordings/")
+    add("--limit", type=float, metavar="SECONDS", help="the most for each page")
+    add("--pack", type=Path, metavar="FILE.tar.gz", help="pack this machine's folder")
+    add("--into", type=Path, help="in this process, into this folder")
+    options = parser.parse_args(arguments)
     if options.machine and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", options.machine):
         parser.error(
             f"--machine {options.machine}: use small letters, digits and hyphens"
         )
+    return options
+
+
+def main(arguments=None):
+    options = parse(arguments)
     if options.table:
-        table()
-        return 0
+        return table()
     if trouble := torch_trouble():
         sys.exit(trouble)
-    pages = [page for name in options.pages for page in named(name)] or all_pages()
-    if len(pages) == 1:
-        return run_one(pages[0], options)
-    # A process for each page: none meets what another one left.
-    flags = ["--show"] if options.show else []
-    flags += ["--machine", options.machine] if options.machine else []
-    failed = []
-    for number, page in enumerate(pages, 1):
-        print(f"[{number}/{len(pages)}] {page.relative_to(ROOT)}", flush=True)
-        command = [sys.executable, __file__, *flags, str(page)]
-        if subprocess.run(command, check=False).returncode:
-            failed.append(page.stem)
-    if failed:
-        print(
-            f"{len(failed)} of {len(pages)} pages did not succeed: {', '.join(failed)}"
-        )
-    return bool(failed)
+    pages = [page for name in options.pages for page in named(name)]
+    if options.into or (options.show and len(pages) == 1):
+        return in_this_process(pages[0], options.into)
+    command = [sys.executable, __file__]
+    if options.show:
+        return run_all(pages or all_pages(), RUNS, [*command, "--show"], options)
+    machine = who()
+    folder = folder_of(machine, options)
+    if not pages:  # what is not done comes first
+        done = {page: is_done(page, folder, machine) for page in all_pages()}
+        pages = sorted(done, key=lambda page: (done[page], *worth(page)))
+        pages = [page for page in pages if not (options.build and done[page])]
+    return run_all(pages, folder, [*command, "--into", str(folder)], options)
 
 
 if __name__ == "__main__":

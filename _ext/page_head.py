@@ -1,79 +1,76 @@
-"""The head of a tutorial's page: where and when it ran.
+"""The head of a tutorial's page: on which machines it ran, with what they executed.
 
-Outputs of another machine, or of another torch, run again by themselves.
+A notebook with outputs holds its figures as PNG, too: JupyterLab shows an SVG only in a
+notebook that its user has declared trusted.
 """
 
-import re
+import base64
+import json
 from pathlib import Path
 
 from docutils import nodes
+from resvg_py import svg_to_bytes
 from sphinx import addnodes
-from sphinx.util import logging
 
 import runner
-from _ext import downloads, figures, gallery
+from _ext import gallery, recordings
 
-logger = logging.getLogger(__name__)
-
-
-def forget_other_machines(app):
-    """Make scripts whose outputs are of another machine or torch run again."""
-    if not gallery.executes(app):
-        return
-    here = runner.this_machine()
-    for note in Path(app.srcdir, gallery.GENERATED).rglob("plot_*.ran.json"):
-        script = note.with_name(note.name.replace(".ran.json", ".py"))
-        there = figures.read(script)["machine"]
-        same = runner.hardware(there) == runner.hardware(here)
-        if not same or there["torch"] != here["torch"]:
-            gallery.run_again(script)
+FOLDER = Path("_build", "notebooks")
 
 
-def line(title, *content):
-    return nodes.line("", "", nodes.strong("", title), *content)
+def png(svg):
+    """A figure's SVG as PNG, in dark ink on white, with twice its pixels."""
+    svg = svg.replace("currentColor", runner.INK_LIGHT)
+    return bytes(svg_to_bytes(svg_string=svg, background="white", zoom=2, dpi=96))
+
+
+def write_notebook(app, tutorial, source):
+    """Write the page as it is, with the outputs of a source; return its place."""
+    cells = recordings.cells_of(tutorial)
+    having_code = [number for number, cell in enumerate(cells) if cell.code]
+    outputs = dict(zip(having_code, source.outputs, strict=True))
+    notebook = runner.notebook(cells, outputs, source.machine, source.seconds)
+    gallery.prepare_notebook(notebook, app.config.html_baseurl.rstrip("/"))
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            if figure := output.get("data", {}).get("image/svg+xml"):
+                content = base64.b64encode(png("".join(figure)))
+                output["data"]["image/png"] = content.decode()
+    place = FOLDER / source.name / f"{tutorial}.ipynb"
+    target = Path(app.srcdir, place)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(notebook), encoding="utf-8")
+    return place.as_posix()
 
 
 def add_head(app, doctree):
     tutorial = gallery.tutorial_of(app.env.docname)
     if not tutorial:
         return
-    title = next(doctree.findall(nodes.title))
-    section = title.parent
-
     head = nodes.line_block(classes=["ran-on"])
-    seconds = gallery.running_time(doctree)
-    if gallery.executes(app) and seconds is not None:
-        ran = figures.read(Path(app.srcdir, f"{app.env.docname}.py"))
-        where = f"{runner.describe(ran['machine'])}, in {seconds:.3g} s."
-        head += line("This page ran on ", nodes.Text(where))
-    elif not doctree["recorded"]:
-        text = "this page was built without running its code."
-        head += line("Not run: ", nodes.Text(text))
-    for path, machine, recorded_seconds, current, total in doctree["recorded"]:
-        where = f"{runner.describe(machine)}, in {recorded_seconds:.1f} s"
-        if current == total:
+    total = len(runner.code_of(recordings.cells_of(tutorial)))
+    lines = []
+    for source in recordings.recorded(app, tutorial):
+        where = f"{runner.describe(source.machine)}, in {source.seconds:.1f} s"
+        if source.current == total:
             name = nodes.Text("the notebook with these outputs")
-            place = downloads.write(app, runner.ROOT / path)
+            place = write_notebook(app, tutorial, source)
             link = addnodes.download_reference("", "", name, reftarget=f"/{place}")
-            where = [nodes.Text(where + " ("), link, nodes.Text(").")]
+            lines.append(["Ran on ", nodes.Text(where + " ("), link, nodes.Text(").")])
         else:
-            changed = (
-                f"; its code has changed since, from cell {current + 1} of {total} on."
+            cell = f"cell {source.current + 1} of {total}"
+            changed = nodes.Text(
+                f"{where}; its code has changed since, from {cell} on."
             )
-            where = [nodes.Text(where + changed)]
-        head += line("Recorded on ", *where)
-    section.insert(section.index(title) + 1, head)
-
-    wanted = app.config.sphinx_gallery_conf["filename_pattern"]
-    executes = gallery.executes(app) and re.search(wanted, f"/{app.env.docname}.py")
-    if seconds is None and executes:
-        logger.warning(
-            "the tutorial did not run: 'make html' runs it", location=app.env.docname
-        )
+            lines.append(["Ran on ", changed])
+    text = nodes.Text("this page was built without running its code.")
+    for title, *content in lines or [["Not run: ", text]]:
+        head += nodes.line("", "", nodes.strong("", title), *content)
+    title = next(doctree.findall(nodes.title))
+    title.parent.insert(title.parent.index(title) + 1, head)
 
 
 def setup(app):
-    app.connect("builder-inited", forget_other_machines, priority=102)
-    # After the recordings, before Sphinx collects what can be downloaded.
+    # Before Sphinx collects what can be downloaded.
     app.connect("doctree-read", add_head, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

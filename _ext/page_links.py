@@ -41,15 +41,7 @@ def keep_addresses(app, doctree):
         section["ids"] += [old for old, new in moved.items() if new in section["ids"]]
 
 
-def write_all_after_a_new_title(app, env):
-    """A link shows the title of its page, so a new title is news for every page."""
-    titles = {name: title.astext() for name, title in env.titles.items()}
-    before, env.titles_before = getattr(env, "titles_before", titles), titles
-    return [] if before == titles else list(env.found_docs)
-
-
 def setup(app):
     app.connect("doctree-read", keep_addresses)
     app.connect("doctree-resolved", link_pages)
-    app.connect("env-updated", write_all_after_a_new_title)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

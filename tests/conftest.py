@@ -114,9 +114,7 @@ def nox(*arguments, cwd, **changes):
 # --- the tutorials and their site -------------------------------------------------
 
 
-def name_of(tutorial):
-    """basics/plot_ensembling, of a path."""
-    return tutorial.relative_to(runner.TUTORIALS).with_suffix("").as_posix()
+name_of = runner.name_of
 
 
 @pytest.fixture(params=TUTORIALS, ids=name_of)
@@ -162,7 +160,7 @@ SVG = (
 
 
 def imagine(site, page, machine=MACHINE, folder="gpu", say="from the imaginary GPU\n"):
-    """Write the recording of a page of a site on a machine that does not exist.
+    """Write a recording of a page of a site that no machine made.
 
     Every cell prints the same; one that draws shows a line. Returns its path.
     """
@@ -255,8 +253,7 @@ def site(once, executed):
         for tutorial in TUTORIALS:
             if not SELECTED or tutorial.stem in SELECTED:
                 lay_out(copy, tutorial, executed(tutorial))
-        options = [*noxfile.sphinx_options("html"), "-Dplot_gallery=0"]
-        done = warm.build(copy, [*options, ".", "_build/html"])
+        done = warm.build(copy, [*noxfile.sphinx_options("html"), ".", "_build/html"])
         (copy / "status.json").write_text(json.dumps(done))
 
     copy = once("site", build_it)
@@ -274,4 +271,4 @@ def html(site):
 
 # --- small made-up sites ----------------------------------------------------------
 
-from small import built, built_once, make_small, small  # noqa: E402, F401
+from small import alpha, built, built_once, small  # noqa: E402, F401

@@ -1,6 +1,7 @@
 """Small made-up sites, built in a warm process: two tutorials stand for all.
 
-Alpha is recorded on an imaginary GPU. Beta refers to alpha.
+Both ran on the machine that builds the site, alpha on an imaginary GPU, too.
+Beta refers to alpha. Nobody executed them: their outputs are made up.
 """
 
 import shutil
@@ -10,6 +11,9 @@ import warm
 from conftest import copy_repository, imagine
 
 import noxfile
+import runner
+
+RUNS = "../_build/runs/here"  # beside recordings/
 
 SMALL_TUTORIAL = '''"""
 {title}
@@ -62,6 +66,8 @@ def make_small(folder):
     for name in ["alpha", "beta"]:
         write_tutorial(site, name)
     imagine(site, "basics/plot_alpha", say="x is 1\n")
+    for name in ["alpha", "beta"]:
+        imagine(site, f"basics/plot_{name}", runner.this_machine(), RUNS, "x is 1\n")
     (site / "index.rst").write_text(
         "Small\n=====\n\nHere is text.\n\n"
         ".. tutorial-figure:: basics/plot_alpha 1\n\n"
@@ -82,6 +88,17 @@ def page(site, name):
     """The built page of a small tutorial."""
     path = site / "_build" / "html" / "auto_tutorials" / "basics" / f"plot_{name}.html"
     return path.read_text()
+
+
+@pytest.fixture
+def alpha(tmp_path, monkeypatch):
+    """The script of one page of three cells, in a repository of its own."""
+    for name, below in [("TUTORIALS", "tutorials"), ("RECORDINGS", "recordings")]:
+        monkeypatch.setattr(runner, name, tmp_path / below)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "RUNS", tmp_path / "_build" / "runs")
+    (tmp_path / "tutorials/basics").mkdir(parents=True)
+    return write_tutorial(tmp_path, "alpha")
 
 
 @pytest.fixture

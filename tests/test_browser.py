@@ -13,7 +13,6 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import runner
-from _ext import search_words
 
 PAGES = ["index", "404", "auto_tutorials/index"] + [
     f"auto_tutorials/{name_of(tutorial)}" for tutorial in TUTORIALS
@@ -171,10 +170,6 @@ def test_search_finds_the_page_among_the_first_three(visit):
         results.nth(0).wait_for()
         first = [link.get_attribute("href") for link in results.all()[:3]]
         assert any(wanted in link for link in first), f"{typed}: {first}"
-
-
-def test_search_knows_only_phrases_of_pages_that_exist():
-    assert set(search_words.PHRASES) <= {name_of(tutorial) for tutorial in TUTORIALS}
 
 
 def test_the_layout_does_not_shift(visit):

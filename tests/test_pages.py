@@ -14,7 +14,7 @@ from conftest import GPU, ROOT, TUTORIALS, name_of
 from docutils import nodes
 
 import runner
-from _ext import light, page_links, pictures, reading_order
+from _ext import light, page_links, pictures
 
 ICON_STYLES = (light.THEME / "styles" / "pydata-sphinx-theme.css").read_text()
 
@@ -63,8 +63,8 @@ def test_page_shows_what_ran_on_every_machine(page, site, tutorial):
     for path in site.glob(f"recordings/*/{name_of(tutorial)}.ipynb"):
         metadata = nbformat.read(path, as_version=4).metadata
         machine = runner.describe(metadata.machine)
-        assert f"Recorded on {machine}, in {metadata.seconds:.1f} s" in head
-    assert head.count("Recorded on") == 2
+        assert f"Ran on {machine}, in {metadata.seconds:.1f} s" in head
+    assert head.count("Ran on") == 2
     assert "changed since" not in head
     assert "the notebook with these outputs" in head
     assert page.select(".sphx-glr-script-out"), "the page shows no output"
@@ -144,18 +144,18 @@ def test_pages_load_only_the_icons_that_they_show(pages, html):
     assert used <= set(light.ICONS), "add to ICONS in _ext/light.py"
 
 
-def test_reading_order_names_every_page():
-    assert set(reading_order.ORDER) == {path.name for path in TUTORIALS}
-
-
-PAIRS = list(itertools.pairwise(reading_order.ORDER))
-
-
-@pytest.mark.parametrize(("name", "follows"), PAIRS)
-def test_next_begins_with_the_page_that_follows(name, follows):
-    (tutorial,) = [path for path in TUTORIALS if path.name == name]
-    text = tutorial.read_text(encoding="utf-8").split("\n# Next\n# ----\n")[1]
-    assert re.search("``(plot_.*?)``", text)[1] == follows
+def test_page_has_its_line_its_row_and_its_next(tutorial):
+    """In tutorials/pages.toml, on the landing page, and where a page says "Next"."""
+    listed = list(runner.listed())
+    assert len(listed) == len(TUTORIALS), "tutorials/pages.toml: a line for each page"
+    assert name_of(tutorial) in listed
+    landing = (ROOT / "index.rst").read_text()
+    assert f"auto_tutorials/{name_of(tutorial)}" in landing, "index.rst: its question"
+    here = TUTORIALS.index(tutorial)
+    for page, follows in itertools.pairwise(TUTORIALS[max(here - 1, 0) : here + 2]):
+        text = page.read_text(encoding="utf-8").split("\n# Next\n# ----\n")[1]
+        first = re.search("``(plot_.*?)``", text)[1]
+        assert first == follows.name, f"Next on {page.stem}"
 
 
 def test_prose_links_to_other_pages_by_title(pages, html):

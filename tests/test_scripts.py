@@ -1,5 +1,6 @@
 """Every page runs, once; every check on it can fail, and its code has been recorded."""
 
+import ast
 import json
 import re
 
@@ -33,6 +34,22 @@ def test_is_self_contained(tutorial):
     assert "runner" not in text
 
 
+def header(statement):
+    """Source of a statement without the statements inside it."""
+    inner = getattr(statement, "body", [])
+    text = ast.unparse(statement)
+    return text.partition(ast.unparse(inner[0]))[0] if inner else text
+
+
+def test_float64_stands_on_the_cpu(tutorial):
+    """An Apple GPU has no float64: a proof in double runs on the CPU, and says so."""
+    for node in ast.walk(ast.parse(tutorial.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.stmt):
+            said = header(node).replace("torch.finfo(torch.float64)", "")
+            double = "float64" in said or ".double()" in said
+            assert not double or "cpu" in said, f"{tutorial}:{node.lineno}: {said}"
+
+
 def test_every_block_of_python_in_prose_is_known_to_the_engine(tutorial):
     """It runs what it finds; a block in another spelling would never run."""
     text = tutorial.read_text(encoding="utf-8")
@@ -45,7 +62,9 @@ def test_every_block_of_python_in_prose_is_known_to_the_engine(tutorial):
 def test_the_sections_hold_pages_and_nothing_else():
     for path in (ROOT / "tutorials").rglob("*"):
         expected = (
-            path.is_dir() or path.name == "GALLERY_HEADER.rst" or path in TUTORIALS
+            path.is_dir()
+            or path.name in ("GALLERY_HEADER.rst", "pages.toml")
+            or path in TUTORIALS
         )
         assert expected or "__pycache__" in path.parts, path
     faults = (ROOT / "tests" / "faults").rglob("*.toml")
