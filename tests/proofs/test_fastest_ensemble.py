@@ -19,21 +19,6 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-# The ninth combination is right but uncompiled, and nothing is raised.
-def test_one_function_is_compiled_for_eight_combinations_at_most():
-    compiled = []
-
-    def backend(graph, inputs):
-        compiled.append(inputs[0].ndim)
-        return graph
-
-    double = torch.compile(lambda x: 2 * x, backend=backend)
-    for ndim in range(1, 10):  # a number of dimensions is a combination of its own
-        x = torch.ones([1] * ndim)
-        assert torch.equal(double(x), 2 * x)
-    assert compiled == list(range(1, 9))
-
-
 def count_compiled(function, calls):
     """How many forms torch.compile makes of a function for these calls."""
     count = 0

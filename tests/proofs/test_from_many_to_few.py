@@ -1,7 +1,5 @@
 """What plot_from_many_to_few.py relies on: selection, scores, the team as a teacher."""
 
-import itertools
-
 import pytest
 import torch
 from pages import names_of
@@ -29,34 +27,6 @@ def test_each_pick_is_the_best_addition():
         for other in range(len(probs)):
             rival = nll(probs[[*team[: count - 1], other]].mean(dim=0), labels)
             assert found <= rival + 1e-12
-
-
-def test_greedy_is_not_always_the_best_of_all_teams():
-    right = torch.tensor([[0.6, 0.6], [0.98, 0.3], [0.3, 0.98]], dtype=torch.float64)
-    probs, labels = torch.stack([right, 1 - right], dim=-1), torch.zeros(2).long()
-    team = greedy(probs, labels, size=2)
-    loss = {
-        pair: nll(probs[list(pair)].mean(dim=0), labels)
-        for pair in itertools.combinations(range(3), 2)
-    }
-    assert team[0] == 0
-    assert min(loss, key=loss.get) == (1, 2)
-    assert nll(probs[team].mean(dim=0), labels) > loss[1, 2]
-
-
-def test_the_worst_member_can_be_the_best_partner():
-    right = torch.tensor([[9, 9, 9, 1], [9, 9, 9, 0.8], [4, 4, 4, 8]]) / 10
-    probs, labels = torch.stack([right, 1 - right], dim=-1), torch.zeros(4).long()
-    assert torch.stack([nll(p, labels) for p in probs]).argsort().tolist() == [0, 1, 2]
-    assert greedy(probs, labels, size=2) == [0, 2]
-
-
-def test_a_team_is_never_worse_than_its_members_on_average():
-    # Jensen: the loss of the mean is at most the mean of the losses.
-    probs, labels = members()
-    alone = torch.stack([nll(p, labels) for p in probs])
-    for team in itertools.combinations(range(len(probs)), 3):
-        assert nll(probs[list(team)].mean(dim=0), labels) <= alone[list(team)].mean()
 
 
 def page_with(**globals_of_the_page):
@@ -101,13 +71,6 @@ def test_predictions_are_those_of_the_own_split_and_a_diverged_network_is_not_pi
     assert greedy(probs[1], easy, size=1) == [0]
 
 
-def test_not_a_number_is_refused_by_selection():
-    probs, labels = members()
-    probs[2, 7] = torch.nan
-    with pytest.raises(ValueError, match="must be probabilities"):
-        greedy(probs, labels, size=2)
-
-
 def test_scores_are_those_of_scikit_learn():
     probs, labels = zip(*(members() for _ in range(2)), strict=True)
     probs, labels = torch.stack(probs), torch.stack(labels)
@@ -132,12 +95,3 @@ def test_a_difference_counts_from_three_standard_errors(sign, word):
     wide = noise.std() * (1 / 16 + 697 / 300) ** 0.5
     assert verdict(sign * 3.1 * wide + noise).endswith(word)
     assert verdict(sign * 2.9 * wide + noise).endswith(f"{word} here")
-
-
-def test_a_distilled_network_can_reach_the_team():
-    # The loss on the team's probabilities is least where the student gives them.
-    probs, _ = members()
-    team = probs.mean(dim=0)
-    logits = team.log().requires_grad_()
-    F.cross_entropy(logits, team).backward()
-    assert logits.grad.abs().max() < 1e-12

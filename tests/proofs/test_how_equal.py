@@ -12,8 +12,7 @@ PAGE = names_of("speed/plot_how_equal")
 tolerance, SimpleCNN, predict = map(PAGE.get, ["tolerance", "SimpleCNN", "predict"])
 PAGE["skeleton"] = SimpleCNN().to("meta")
 
-FINE = [torch.float64, torch.float32]
-DTYPES = [*FINE, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def looped(params, x):
@@ -60,13 +59,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @each_state
 @each_dtype
-def test_the_tolerance_accepts_vmap(states, state, dtype):
-    _, _, loop, one_call = run(states, state, dtype)
-    assert distance(one_call, loop) <= tolerance(loop, 4, 9216)
-
-
-@each_state
-@each_dtype
 def test_each_side_is_within_half_of_it_from_float64(states, state, dtype):
     params, x, *sides = run(states, state, dtype)
     exact = looped({n: p.double() for n, p in params.items()}, x.double())
@@ -81,15 +73,6 @@ def test_the_tolerance_refuses_exchanged_members(states, state, dtype):
     assert distance(one_call.flip(0), loop) > tolerance(loop, 4, 9216)
 
 
-@each_state
-@pytest.mark.parametrize("dtype", FINE, ids=str)
-def test_the_tolerance_refuses_a_wrong_weight_of_conv1(states, state, dtype):
-    params, x, loop, _ = run(states, state, dtype)
-    wrong = {name: p.clone() for name, p in params.items()}
-    wrong["conv1.weight"][0, 0, 0, 1, 1] *= 1.1
-    assert distance(vectorized(wrong, x), loop) > tolerance(loop, 4, 9216)
-
-
 def test_float64_notices_all_weights_of_fc1_and_float32_fewer_after_training(states):
     parts, PAGE["images"] = {}, states[1]
     for state, params in states[0].items():
@@ -102,18 +85,6 @@ def test_float64_notices_all_weights_of_fc1_and_float32_fewer_after_training(sta
         noticed = moves > tolerance(loop, 4, 9216)
         parts[state] = noticed.double().mean().item()
     assert parts["fresh"] > 0.5 > parts["trained"]
-
-
-@each_state
-@each_dtype
-def test_a_class_changes_only_where_the_margin_is_small(states, state, dtype):
-    params, x, *sides = run(states, state, dtype)
-    exact = looped({n: p.double() for n, p in params.items()}, x.double())
-    first, second = exact.topk(2).values.unbind(-1)
-    for side in sides:
-        error = (side.double() - exact).abs().amax(-1)
-        changed = side.argmax(-1) != exact.argmax(-1)
-        assert not (changed & (first - second > 2 * error)).any()
 
 
 def test_the_block_that_asks_for_ieee_float32_puts_the_switches_back():

@@ -56,34 +56,25 @@ def test_nll_is_log_loss(kind):
 def test_nll_of_an_impossible_label_is_infinite():
     probs = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     assert metric("nll")(probs, torch.tensor([1, 0])) == torch.inf
-    assert metric("nll")(probs[:1], torch.tensor([0])) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_brier_is_that_of_scikit_learn(kind):
     probs, labels = predictions(kind)
-    by_hand = np.mean(
-        ((probs.numpy() - np.eye(probs.shape[1])[labels.numpy()]) ** 2).sum(1)
-    )
     expected = brier_score_loss(
         labels.numpy(), probs.numpy(), labels=range(probs.shape[1]), scale_by_half=False
     )
-    brier = metric("brier")(probs, labels).item()
-    assert brier == pytest.approx(expected, rel=1e-9)
-    assert brier == pytest.approx(by_hand, rel=1e-9)
+    assert metric("brier")(probs, labels).item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("num_bins", [1, 7, 15])
 @pytest.mark.parametrize("kind", ["random", "two", "one image"])
-def test_calibration_error_is_that_of_torchmetrics(kind, num_bins):
+def test_calibration_error_is_that_of_torchmetrics(kind):
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     probs, labels = predictions(kind)
-    expected = multiclass_calibration_error(probs, labels, probs.shape[1], num_bins)
-    found = metric("calibration_error")(probs, labels, num_bins=num_bins)
-    torch.testing.assert_close(
-        found, expected.to(found), rtol=0, atol=1e-6
-    )  # it has float32
+    expected = multiclass_calibration_error(probs, labels, probs.shape[1], 15)
+    found = metric("calibration_error")(probs, labels, num_bins=15).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_calibration_error_at_the_borders_of_bins():
@@ -91,22 +82,14 @@ def test_calibration_error_at_the_borders_of_bins():
     error = metric("calibration_error")
     probs = torch.tensor([[1.0, 0.0], [0.95, 0.05]], dtype=torch.float64)
     assert error(probs, torch.tensor([0, 0])).item() == pytest.approx(0.025)
-    assert error(probs[:1], torch.tensor([1])) == 1
-    even = torch.full((4, 2), 0.5, dtype=torch.float64)
-    assert error(even, torch.tensor([0, 0, 1, 1])) == 0  # as calibrated as useless
 
 
-LOGITS, NAN = torch.randn(5, 3), torch.full((5, 3), torch.nan)
 THIRDS, RIGHT = torch.full((5, 3), 1 / 3), torch.tensor([0, 1, 2, 0, 1])
 BAD = {
-    "logits": (LOGITS, RIGHT),
-    "log probabilities": (LOGITS.log_softmax(dim=-1), RIGHT),
-    "NaN": (NAN, RIGHT),
+    "logits": (torch.randn(5, 3), RIGHT),
+    "NaN": (torch.nan * THIRDS, RIGHT),
     "sum of members": (2 * THIRDS, RIGHT),
-    "negative": (torch.tensor([[1.5, -0.5, 0.0]] * 5), RIGHT),
     "label too large": (THIRDS, RIGHT + 1),
-    "label negative": (THIRDS, RIGHT - 1),
-    "labels of another length": (THIRDS, RIGHT[:4]),
     "labels in a column": (THIRDS, RIGHT[:, None]),
 }
 
@@ -119,17 +102,12 @@ def test_bad_input_is_refused(name, bad):
 
 
 def test_entropy_and_mutual_information_on_known_cases():
-    entropy = metric("entropy")
-    sure, even = torch.eye(4, dtype=torch.float64), torch.full((4, 4), 0.25).double()
-    assert entropy(sure).abs().max() == 0
-    torch.testing.assert_close(entropy(even).exp(), torch.full((4,), 4.0).double())
     probs, _ = predictions("random")
     expected = torch.distributions.Categorical(probs=probs).entropy()
-    torch.testing.assert_close(entropy(probs), expected)
-    information = metric("mutual_information")
-    agree = torch.stack([probs, probs])
+    torch.testing.assert_close(metric("entropy")(probs), expected)
+    information, sure = metric("mutual_information"), torch.eye(4, dtype=torch.float64)
+    agree, apart = torch.stack([probs, probs]), torch.stack([sure, sure.roll(1, 1)])
     torch.testing.assert_close(information(agree), 0 * expected, rtol=0, atol=1e-12)
-    apart = torch.stack([sure, sure.roll(1, dims=1)])
     torch.testing.assert_close(information(apart).exp(), torch.full((4,), 2.0).double())
 
 
