@@ -10,7 +10,7 @@ from urllib.parse import quote
 from docutils import nodes
 
 import runner
-from _ext import gallery, pictures, recordings
+from _ext import gallery, pictures
 
 
 def describe(app, pagename, templatename, context, doctree):
@@ -37,8 +37,9 @@ def on_github(app, tutorial):
         ("Source on GitHub", f"{home}/blob/main/tutorials/{tutorial}.py"),
         ("Report a problem on this page", f"{home}/issues/new?title={about}"),
     ]
-    for path, _, _, current, total in recordings.recorded(app, tutorial):
-        if current == total:  # the recorded notebook is this page
+    page = (runner.TUTORIALS / tutorial).with_suffix(".py")
+    for path in sorted(runner.RECORDINGS.glob(f"*/{tutorial}.ipynb")):
+        if runner.state(page, path) == "current":
             notebook = (
                 f"{app.config.repository}/blob/main/{path.relative_to(runner.ROOT)}"
             )

@@ -190,13 +190,6 @@ def test_the_theme_s_icon_font_is_not_loaded(visit):
     assert not [name for name in page.evaluate(names) if "fa-solid" in name]
 
 
-def test_theme_switch_is_remembered(visit):
-    page = visit("index.html", theme="light")
-    page.locator(".theme-switch-button, .theme-switch-container").first.click()
-    page.get_by_text("Dark", exact=True).first.click()
-    assert page.evaluate("localStorage.getItem('mode')") == "dark"
-
-
 def test_reader_walks_by_previous_and_next(visit):
     page = visit("index.html")
     for _ in range(3):
@@ -239,81 +232,6 @@ def test_choosing_a_machine_switches_the_whole_page_and_is_remembered(visit):
     page.reload()
     assert shown(page) == {HERE}
     assert "imaginary" not in page.locator("article").inner_text()
-
-
-def test_choosing_a_machine_with_the_keyboard(visit):
-    page = visit(f"{TUTORIAL}.html")
-    first = page.locator(".machines > input:checked").first
-    for _ in range(200):  # a reader walks there with the Tab key
-        page.keyboard.press("Tab")
-        if first.evaluate("element => element === document.activeElement"):
-            break
-    before = shown(page)
-    page.keyboard.press("ArrowRight")
-    after = shown(page)
-    assert len(after) == 1
-    assert after != before
-    outline = "input => getComputedStyle(input.nextElementSibling).outlineStyle"
-    assert page.locator(".machines > input:focus").evaluate(outline) != "none"
-    page.reload()
-    assert shown(page) == after
-
-
-FOCUSED = """() => {
-    const element = document.activeElement;
-    const ring = [element, element.nextElementSibling, element.firstElementChild]
-        .filter(Boolean).map(each => getComputedStyle(each));
-    return {
-        name: element.ariaLabel || element.textContent.trim().split("\\n")[0],
-        tag: element.tagName,
-        seen: ring.some(style => style.outlineStyle != "none"
-            || !["none", ""].includes(style.boxShadow)),
-    };
-}"""
-
-
-def walk(page, stops=300):
-    """What the Tab key reaches, in order, until it leaves the page."""
-    for _ in range(stops):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement === document.body"):
-            return
-        yield page.evaluate(FOCUSED)
-
-
-def test_the_tab_key_reaches_everything_and_shows_where_it_is(visit):
-    page = visit(f"{TUTORIAL}.html")
-    stops = list(walk(page))
-    assert not [stop for stop in stops if not stop["seen"]]
-    names = [stop["name"] for stop in stops]
-    assert names[0] == "Skip to main content"
-    assert {"Search", "Color mode", "Code of this figure"} <= set(names)
-    for part in ["Copy", "Download Jupyter notebook", "vmap", "previous", "next"]:
-        assert any(name.startswith(part) for name in names), part
-    assert len([stop for stop in stops if stop["tag"] == "INPUT"]) > 3, "machines"
-
-
-def focus(page, name):
-    """Walk to the first stop of that name."""
-    next(stop for stop in walk(page) if stop["name"].startswith(name))
-
-
-def test_theme_copy_and_search_with_the_keyboard(visit):
-    page = visit(f"{TUTORIAL}.html")
-    focus(page, "Color mode")
-    page.keyboard.press("Enter")
-    page.keyboard.press("ArrowDown")  # to the first choice
-    page.keyboard.press("Enter")
-    chosen = page.evaluate("localStorage.getItem('mode')")
-    assert chosen != "light"
-    focus(page, "Copy")
-    page.keyboard.press("Enter")
-    page.wait_for_function("navigator.clipboard.readText().then(text => text)")
-    assert "import torch" in page.evaluate("navigator.clipboard.readText()")
-    page.keyboard.press("Control+k")
-    page.keyboard.type("batch norm")
-    page.keyboard.press("Enter")
-    page.wait_for_url("**/search.html?q=batch+norm*")
 
 
 @pytest.mark.parametrize("name", ["index", "auto_tutorials/index", TUTORIAL])

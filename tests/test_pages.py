@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import re
+import zipfile
 from types import SimpleNamespace
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -176,6 +177,14 @@ def test_downloads(page):
         links = [link["href"] for link in page.select(f"{place} a[download]")]
         assert any(link.endswith(".ipynb") for link in links), place
         assert any(link.endswith(".py") for link in links), place
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("jupyter", "ipynb"), ("python", "py")])
+def test_one_download_holds_all_pages(html, pages, kind, suffix):
+    (link,) = pages[html / "index.html"].select(f"a[download][href$={kind}\\.zip]")
+    with zipfile.ZipFile(html / link["href"]) as archive:
+        names = {name for name in archive.namelist() if name.endswith(suffix)}
+    assert names == {f"{name_of(tutorial)}.{suffix}" for tutorial in TUTORIALS}
 
 
 def test_names_of_torch_link_to_its_documentation(site, page, tutorial):
