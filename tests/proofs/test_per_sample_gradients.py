@@ -65,19 +65,24 @@ def test_the_norm_of_the_last_layer_comes_from_the_probabilities(x, y):
     torch.testing.assert_close(norms_of(last), expected, rtol=1e-12, atol=0)
 
 
-def test_two_tables_of_positions_give_the_norm_of_a_convolution():
+@pytest.mark.parametrize("layer", [F.linear, F.conv2d])
+def test_two_tables_of_positions_give_the_norm_of_other_layers(layer):
     torch.manual_seed(0)
-    images = torch.randn(BATCH, 2, 6, 6, dtype=torch.float64)
-    weight = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    out = F.conv2d(images, weight, padding=1)
+    sizes = {F.linear: [(5, 7), (3, 7)], F.conv2d: [(2, 6, 6), (4, 2, 3, 3)]}[layer]
+    x = torch.randn(BATCH, *sizes[0], dtype=torch.float64)
+    weight = torch.randn(sizes[1], dtype=torch.float64, requires_grad=True)
+    out = layer(x, weight)  # [12, 5, 3] or [12, 4, 4, 4]
     (delta,) = torch.autograd.grad(out.pow(3).sum(), out)
+    if layer is F.conv2d:  # [12, position, ...]
+        x_at, delta = F.unfold(x, 3).mT, delta.flatten(2).mT
+    else:
+        x_at = x
+    found = ((x_at @ x_at.mT) * (delta @ delta.mT)).sum((1, 2)).sqrt()
 
-    def loss(weight, image):
-        return F.conv2d(image, weight, padding=1).pow(3).sum()
+    def loss(weight, x):
+        return layer(x, weight).pow(3).sum()
 
-    gradients = vmap(grad(loss), in_dims=(None, 0))(weight.detach(), images)
-    a, delta = F.unfold(images, 3, padding=1).mT, delta.flatten(2).mT  # [12, 36, ...]
-    found = ((a @ a.mT) * (delta @ delta.mT)).sum((1, 2)).sqrt()
+    gradients = vmap(grad(loss), in_dims=(None, 0))(weight.detach(), x)
     expected = gradients.flatten(1).norm(dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
@@ -87,8 +92,7 @@ def test_two_tables_of_positions_give_the_norm_of_a_convolution():
     [
         nn.GroupNorm(2, 4),
         nn.BatchNorm2d(4).eval(),
-        # in train mode: each image is normalized by itself, without a message
-        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.BatchNorm2d(4, track_running_stats=False),  # each image by itself
     ],
 )
 def test_norms_without_running_statistics_are_those_of_batches_of_one(norm, x, y):
@@ -96,11 +100,6 @@ def test_norms_without_running_statistics_are_those_of_batches_of_one(norm, x, y
     found = norms_of(gradients_of(model, x, y))
     expected = PAGE["norms_by_loop"](model, x, y)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-
-
-def test_batch_norm_of_images_is_refused(x, y):
-    with pytest.raises(RuntimeError, match="Batch norm got a batched tensor"):
-        gradients_of(cnn(nn.BatchNorm2d(4)), x, y)
 
 
 def test_the_peak_follows_the_gradients_held():

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -43,11 +44,6 @@ def train(ensemble, optimizer, steps):
         optimizer.step()
 
 
-def test_loaded_parameters_are_leaves_that_require_gradients():
-    (params, _), _ = reloaded(stack_module_state(nets()))
-    assert all(p.is_leaf and p.requires_grad for p in params.values())
-
-
 def test_a_saved_view_of_a_row_takes_the_file_of_all_rows():
     weight = torch.randn(N, 100, 100)
     sizes = [reloaded(t)[1] for t in (weight, weight[3], weight[3].clone())]
@@ -67,8 +63,8 @@ def test_a_resumed_run_has_the_bits_of_the_run_without_interruption():
     resumed_optimizer = torch.optim.Adam(resumed.parameters())
     resumed_optimizer.load_state_dict(states[1])
     train(resumed, resumed_optimizer, range(10, 20))
-    for name, tensor in ensemble.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
+    found, expected = dict(resumed.state_dict()), dict(ensemble.state_dict())
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_a_minibatch_for_each_member():
@@ -100,16 +96,11 @@ def test_tied_weights_stay_tied():
     torch.testing.assert_close(ensemble(tokens), expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [
-        (nn.Sequential(nn.Linear(6, 8).double(), nn.ReLU()), "torch.float64"),
-        (nn.Sequential(nn.Linear(6, 8), nn.Tanh()), r"\(1\): Tanh"),
-    ],
-)
-def test_other_dtypes_and_layers_are_refused_by_name(model, says):
-    with pytest.raises(ValueError, match=says):
-        Ensemble([nn.Sequential(nn.Linear(6, 8), nn.ReLU()), model])
+def test_other_dtypes_and_layers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"torch\.float64"):
+        Ensemble([nn.Linear(6, 8), nn.Linear(6, 8).double()])
+    with pytest.raises(ValueError, match=r"p=0\.1"):
+        Ensemble([nn.Dropout(0.5), nn.Dropout(0.1)])
 
 
 def test_stack_module_state_drops_the_bias_that_the_first_model_lacks():
@@ -118,20 +109,20 @@ def test_stack_module_state_drops_the_bias_that_the_first_model_lacks():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    "make",
     [
-        (torch.optim.SGD, {"momentum": 0.9}),
-        (torch.optim.AdamW, {"amsgrad": True}),
-        (torch.optim.RMSprop, {"centered": True}),
+        partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        partial(torch.optim.AdamW, lr=0.01),
+        partial(torch.optim.RMSprop, lr=0.01),
     ],
 )
-def test_those_who_stay_train_on_undisturbed_with_other_optimizers(kind, options):
+def test_those_who_stay_train_on_undisturbed_with_other_optimizers(make):
     ensemble = Ensemble(nets())
-    optimizer = kind(ensemble.parameters(), lr=0.01, **options)
+    optimizer = make(ensemble.parameters())
     train(ensemble, optimizer, range(10))
     stay = [3, 0, 4]
     changed = Ensemble([*(ensemble.member(i) for i in stay), *nets()[:2]])
-    changed_optimizer = kind(changed.parameters(), lr=0.01, **options)
+    changed_optimizer = make(changed.parameters())
     state = PAGE["take_rows"](optimizer.state_dict(), stay, num_new=2)
     changed_optimizer.load_state_dict(state)
     for pair in [(ensemble, optimizer), (changed, changed_optimizer)]:
