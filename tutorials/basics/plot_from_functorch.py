@@ -19,7 +19,7 @@ Before you start, read ``plot_ensembling.py``: it explains the new functions.
 # ------
 #
 # Four members of an ensemble, in eval mode. This page is not about rounding, so it
-# computes in float64.
+# computes in float64 on the CPU.
 
 import textwrap
 import warnings
@@ -30,9 +30,7 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, stack_module_state, vmap
 
 torch.manual_seed(0)
-cpu = torch.device("cpu")
-device = torch.accelerator.current_accelerator(check_available=True) or cpu
-float64 = {"device": device, "dtype": torch.float64}
+double = {"device": "cpu", "dtype": torch.float64}
 
 
 class Net(nn.Module):
@@ -47,9 +45,9 @@ class Net(nn.Module):
 
 
 num_models = 4
-models = [Net().to(**float64).eval() for _ in range(num_models)]
-x = torch.randn(num_models, 32, 6, **float64)  # a minibatch for each member
-print(f"{device.type.upper()}, torch {torch.__version__}, float64")
+models = [Net().to(**double).eval() for _ in range(num_models)]
+x = torch.randn(num_models, 32, 6, **double)  # a minibatch for each member
+print(f"CPU, torch {torch.__version__}, float64")
 
 # %%
 # Move an ensemble, line by line
@@ -126,7 +124,7 @@ for way, found in {"torch.func": logits, "functorch": old_logits}.items():
 # ``disable_autograd_tracking``: then append ``.requires_grad_()`` to ``clone()``.)
 
 model = models[0]
-y = torch.arange(32, device=device) % 3  # a class for each row
+y = torch.arange(32) % 3  # a class for each row
 
 # old: fmodel, params, buffers = make_functional_with_buffers(model, True)
 params = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -251,7 +249,7 @@ def noise(row):
     return torch.rand_like(row)
 
 
-rows = torch.zeros(num_models, 16, **float64)
+rows = torch.zeros(num_models, 16, **double)
 try:
     vmap(noise)(rows)
 except RuntimeError as error:
