@@ -28,12 +28,10 @@ from torch.autograd import Function
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 torch.manual_seed(0)
-cpu = torch.device("cpu")
-device = torch.accelerator.current_accelerator(check_available=True) or cpu
-float64 = {"device": device, "dtype": torch.float64}
+double = {"device": "cpu", "dtype": torch.float64}
 num_models = 4
-xs = torch.randn(num_models, 8, 6, dtype=torch.float64).to(device)  # a [8, 6] for each
-print(f"{device.type.upper()}, torch {torch.__version__}, float64")
+xs = torch.randn(num_models, 8, 6, **double)  # a [8, 6] for each
+print(f"CPU, torch {torch.__version__}, float64")
 
 # %%
 # Two helpers of the cases below:
@@ -122,7 +120,7 @@ def check(one_call, loop):
 #
 # A number, a module or a minibatch that all members share:
 
-shared = torch.randn(8, 6, **float64)
+shared = torch.randn(8, 6, **double)
 
 
 def update(x, minibatch, rate):  # refused without in_dims=
@@ -197,7 +195,7 @@ check(vmap(scale_tensor)(xs), [scale(x) for x in xs])
 
 
 def reverse(x):  # refused
-    return torch.from_numpy(x.cpu().numpy()[::-1].copy()).to(x.device)
+    return torch.from_numpy(x.numpy()[::-1].copy())
 
 
 print(says(reverse, xs))
@@ -235,7 +233,7 @@ check(vmap(mean_of_positive_where)(xs), [mean_of_positive(x) for x in xs])
 
 
 def row_sums(x):  # refused
-    total = torch.zeros(8, **float64)
+    total = torch.zeros(8, **double)
     for i, row in enumerate(x):
         total[i] = row.sum()
     return total
@@ -284,7 +282,7 @@ check(vmap(torch.add)(xs, noise), loop)
 # One module for all members has one running mean, and ``bn.eval()`` is accepted. To
 # train, give each member its own (``plot_state.py``):
 
-norms = [nn.BatchNorm1d(6, **float64) for _ in xs]
+norms = [nn.BatchNorm1d(6, **double) for _ in xs]
 params, buffers = stack_module_state(norms)
 skeleton = nn.BatchNorm1d(6, device="meta")
 
@@ -293,7 +291,7 @@ def norm_call(params, buffers, x):
     return functional_call(skeleton, (params, buffers), (x,), strict=True)
 
 
-print(says(nn.BatchNorm1d(6, **float64), xs))  # refused
+print(says(nn.BatchNorm1d(6, **double), xs))  # refused
 one_call = vmap(norm_call)(params, buffers, xs)  # what to write
 check(one_call, [norm(x) for norm, x in zip(norms, xs, strict=True)])
 check(buffers["running_mean"], [norm.running_mean for norm in norms])
@@ -309,7 +307,7 @@ check(buffers["running_mean"], [norm.running_mean for norm in norms])
 # Leave ``out=`` out. Write an LSTM out: here one layer and one sequence;
 # ``plot_what_vmap_runs.py`` has layers, minibatches and the GRU.
 
-lstms = [nn.LSTM(6, 5, **float64) for _ in xs]
+lstms = [nn.LSTM(6, 5, **double) for _ in xs]
 params, _ = stack_module_state(lstms)
 
 
@@ -338,7 +336,7 @@ check(vmap(lstm)(params, xs), [m(x)[0] for m, x in zip(lstms, xs, strict=True)])
 #
 # Gradients inside of ``vmap`` are functions:
 
-ws = torch.randn(num_models, 6, **float64)
+ws = torch.randn(num_models, 6, **double)
 
 
 def loss(w, x):
@@ -422,7 +420,7 @@ check(sums, [named(x)[0] for x in xs])
 # Where ``vmap`` has no rule but can loop, it runs the operator once for each member and
 # warns. In your tests, make this an error, which names the operator:
 
-labels = torch.arange(num_models * 8, device=device).reshape(num_models, 8) ** 2 % 5
+labels = torch.arange(num_models * 8).reshape(num_models, 8) ** 2 % 5
 
 
 def count(y):  # slow
@@ -469,7 +467,7 @@ except RuntimeError as error:
 
 
 def member_returns(x):  # what to write
-    return torch.rand((), **float64), x.sum()
+    return torch.rand((), **double), x.sum()
 
 
 drawn, sums = vmap(member_returns, randomness="different")(xs)
