@@ -19,7 +19,7 @@ Before you start, read ``plot_ensembling.py`` on ``stack_module_state``,
 # Set-up
 # ------
 #
-# This page is about state and not about rounding, so it computes in float64.
+# This page is about state and not about rounding, so it computes in float64 on the CPU.
 
 import copy
 
@@ -30,10 +30,8 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
 torch.manual_seed(0)
-cpu = torch.device("cpu")
-device = torch.accelerator.current_accelerator(check_available=True) or cpu
-float64 = {"device": device, "dtype": torch.float64}
-print(f"{device.type.upper()}, torch {torch.__version__}, float64")
+double = {"device": "cpu", "dtype": torch.float64}
+print(f"CPU, torch {torch.__version__}, float64")
 
 # %%
 # Four members with a layer of each kind:
@@ -52,8 +50,8 @@ class Net(nn.Module):
 
 
 num_models = 4
-models = [Net().to(**float64) for _ in range(num_models)]
-minibatches = torch.randn(10, num_models, 32, 6, **float64)  # for 10 steps
+models = [Net().to(**double) for _ in range(num_models)]
+minibatches = torch.randn(10, num_models, 32, 6, **double)  # for 10 steps
 
 # %%
 # Batch norm and dropout in one call
@@ -192,7 +190,7 @@ except RuntimeError as error:
 # Without ``randomness``, ``vmap`` refuses to draw random numbers:
 
 drop = nn.Dropout(0.5)
-ones = torch.ones(num_models, 16, **float64)  # outputs show the masks
+ones = torch.ones(num_models, 16, **double)  # outputs show the masks
 try:
     vmap(drop)(ones)
 except RuntimeError as error:
@@ -221,10 +219,10 @@ class Masked(Net):
 def draw(seed):
     """Which units a member keeps."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(32, 16, generator=generator) < 0.5).to(device)
+    return torch.rand(32, 16, generator=generator) < 0.5
 
 
-members = [Masked().to(**float64) for _ in range(num_models)]
+members = [Masked().to(**double) for _ in range(num_models)]
 with torch.device("meta"):
     masked = Masked()
 
@@ -291,9 +289,9 @@ class Tied(nn.Module):
         return self.head(self.embed(tokens))  # [5, 11]
 
 
-tied = [Tied().to(**float64) for _ in range(num_models)]
+tied = [Tied().to(**double) for _ in range(num_models)]
 state = stack_module_state(tied)
-tokens = torch.arange(5 * num_models, device=device).reshape(num_models, 5) % 11
+tokens = torch.arange(5 * num_models).reshape(num_models, 5) % 11
 
 with torch.device("meta"):
     built = Tied()
@@ -329,7 +327,7 @@ class Scaled(nn.Module):
 
 scales = [1.0, 2.0, 3.0, 4.0]
 plain = [Scaled(scale) for scale in scales]
-cured = [Scaled(nn.Buffer(torch.tensor(scale, **float64))) for scale in scales]
+cured = [Scaled(nn.Buffer(torch.tensor(scale, **double))) for scale in scales]
 
 for kind, members in {"attributes": plain, "buffers": cured}.items():
     outputs = ensemble(members[0])(
