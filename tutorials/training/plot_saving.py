@@ -18,7 +18,7 @@ Before you start, read ``plot_ensembling.py``, which explains ``stack_module_sta
 # Set-up
 # ------
 #
-# This page is about state and not about rounding, so it computes in float64.
+# This page is about state and not about rounding, so it computes in float64 on the CPU.
 
 import copy
 import tempfile
@@ -32,10 +32,8 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
 torch.manual_seed(0)
-cpu = torch.device("cpu")
-device = torch.accelerator.current_accelerator(check_available=True) or cpu
-float64 = {"device": device, "dtype": torch.float64}
-print(f"{device.type.upper()}, torch {torch.__version__}, float64")
+double = {"device": "cpu", "dtype": torch.float64}
+print(f"CPU, torch {torch.__version__}, float64")
 
 # %%
 # Ten networks with parameters, and with the buffers of a batch norm:
@@ -53,7 +51,7 @@ class Net(nn.Module):
 
 
 num_models = 10
-models = [Net().to(**float64) for _ in range(num_models)]
+models = [Net().to(**double) for _ in range(num_models)]
 
 # %%
 # Save, load, take member 3 out again
@@ -66,9 +64,9 @@ params, buffers = stack_module_state(models)  # "fc1.weight": [10, 8, 64], ...
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder, "ensemble.pt")
     torch.save((params, buffers), path)
-    params, buffers = torch.load(path, map_location=device)
+    params, buffers = torch.load(path, map_location="cpu")
 
-member = Net().to(**float64)
+member = Net().to(**double)
 row = {name: tensor[3] for name, tensor in (params | buffers).items()}
 member.load_state_dict(row)
 
@@ -171,9 +169,9 @@ with tempfile.TemporaryDirectory() as folder:
     for model, path in zip(models, paths, strict=True):  # stands for ten runs
         torch.save(model.state_dict(), path)
 
-    loaded = [Net().to(**float64) for _ in paths]
+    loaded = [Net().to(**double) for _ in paths]
     for model, path in zip(loaded, paths, strict=True):
-        model.load_state_dict(torch.load(path, map_location=device))
+        model.load_state_dict(torch.load(path, map_location="cpu"))
 
 ensemble = Ensemble(loaded)
 for name, tensor in ensemble.state_dict().items():
@@ -187,10 +185,10 @@ for name, tensor in ensemble.state_dict().items():
 # of the members' losses (``plot_training.py``). Handwritten digits, 500 to train with:
 
 digits = load_digits()
-x = torch.tensor(digits.data / 16, **float64)  # [1797, 64]
-y = torch.tensor(digits.target, device=device)  # [1797]
+x = torch.tensor(digits.data / 16, **double)  # [1797, 64]
+y = torch.tensor(digits.target)  # [1797]
 (x_train, x_val), (y_train, y_val) = x.split([500, 1297]), y.split([500, 1297])
-order = torch.rand(20, 500, device=device).argsort(dim=1)  # of 20 epochs
+order = torch.rand(20, 500).argsort(dim=1)  # of 20 epochs
 epochs = order[:, :480].reshape(20, 15, 32)  # in 15 minibatches each
 
 cross_entropies = vmap(F.cross_entropy, in_dims=(0, None))
@@ -207,7 +205,7 @@ def train(ensemble, optimizer, epochs):  # [epoch, step, 32]
             optimizer.step()
         with torch.no_grad():
             curves.append(cross_entropies(ensemble.eval()(x_val), y_val))
-    return torch.stack(curves).cpu()  # [epoch, member]
+    return torch.stack(curves)  # [epoch, member]
 
 
 ensemble = Ensemble(models)
@@ -242,7 +240,7 @@ with tempfile.TemporaryDirectory() as folder:
     checkpoint = torch.load(path, map_location="cpu")
 
 size = len(checkpoint["ensemble"]["stacked.fc1.weight"])  # the file knows: 10
-resumed = Ensemble([Net().to(**float64) for _ in range(size)])
+resumed = Ensemble([Net().to(**double) for _ in range(size)])
 resumed.load_state_dict(checkpoint["ensemble"])
 resumed_optimizer = torch.optim.Adam(resumed.parameters())  # its rate is in the file
 resumed_optimizer.load_state_dict(checkpoint["optimizer"])
@@ -280,7 +278,7 @@ def take_rows(state, rows, num_new):
 
 worst = first_half[-1].argmax().item()
 stay = [i for i in range(num_models) if i != worst]
-newcomer = Net().to(**float64)
+newcomer = Net().to(**double)
 changed = Ensemble([*(resumed.member(i) for i in stay), newcomer])
 changed_optimizer = torch.optim.Adam(changed.parameters())
 state = take_rows(resumed_optimizer.state_dict(), stay, num_new=1)
@@ -306,7 +304,7 @@ ax.axvline(10, color="C5", ls=":")
 ax.set_xticks(range(0, 21, 5))
 ax.set_xlabel("epoch; dotted: saved, loaded, one dropped, one added")
 ax.set_ylabel("validation loss")
-ax.set_title(f"Ten members of an ensemble on digits, float64, {device.type.upper()}")
+ax.set_title("Ten members of an ensemble on digits, float64, CPU")
 ax.legend()
 fig.set_label(
     "Validation loss against epoch. Thin lines: ten members of the original ensemble. "
@@ -357,7 +355,7 @@ fig.set_label(
 
 old = copy.deepcopy(models[3]).eval()
 for name, model in {"models[3]": old, "ensemble.member(3)": ensemble.member(3)}.items():
-    accuracy = (model(x_val).argmax(dim=1) == y_val).double().mean()
+    accuracy = (model(x_val).argmax(dim=1) == y_val).float().mean()
     print(f"{name}: {accuracy:.0%} of the digits right")
 
 # %%
