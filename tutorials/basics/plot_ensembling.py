@@ -104,8 +104,9 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # --------------------
 #
 # One large kernel may add numbers in another order than ten small ones, so the last
-# bits differ. We ask that every logit agrees within one part in a million (of itself
-# or of 1, if that is more).
+# bits differ. On a CPU, each logit has to agree within one part in a million (of itself
+# or of 1, if that is more); elsewhere, within 224 roundings of the largest logit, the
+# tolerance of ``plot_how_equal.py``.
 
 with torch.no_grad():
     pairs = zip(models, minibatches, strict=True)
@@ -114,11 +115,12 @@ with torch.no_grad():
 
 for option, one_call, loop in [(1, own, loop_own), (2, shared, loop_shared)]:
     distance = (one_call - loop).abs().max()
-    assert torch.allclose(one_call, loop, atol=1e-6, rtol=1e-6), (
+    tol = 1e-6 if device == cpu else 224 * 2**-24 * loop.abs().max().item()
+    assert torch.allclose(one_call, loop, atol=tol, rtol=tol), (
         f"option {option}: vmap does not compute what the loop computes; "
         f"a logit is off by {distance:.1e}"
     )
-    print(f"option {option}: equal within 1e-6; largest difference {distance:.1e}")
+    print(f"option {option}: equal within {tol:.0e}; largest difference {distance:.1e}")
 
 # %%
 # **One call computes what the loop computes.** Keep this check in your own project. If
@@ -210,9 +212,9 @@ fig.set_label(
 # (loop) against 2.07 on an A100 GPU, 5.81 against 6.34 where their page was built.
 #
 # **If vmap is slower here**, there was no idle device to fill, and the large tensors
-# have their price: fresh memory, which ``plot_what_vmap_runs.py`` measures. For this
-# network on a CPU keep a loop, best a compiled one (``plot_fastest_ensemble.py``); with
-# smaller models, one call is faster on a CPU too (``plot_when_vmap_pays.py``).
+# have their price: on a CPU, fresh memory, which ``plot_what_vmap_runs.py`` measures.
+# There, keep a loop for this network, best compiled (``plot_fastest_ensemble.py``);
+# with smaller models, one call is faster on a CPU too (``plot_when_vmap_pays.py``).
 #
 # Combine the ten predictions
 # ---------------------------
