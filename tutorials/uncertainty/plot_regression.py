@@ -173,10 +173,12 @@ fig.set_label(
 # --------------------------------------
 #
 # Keep this check in your own project: four of the networks in one call and one by one,
-# in float64. Alone they use ``F.gaussian_nll_loss``.
+# in float64 on the CPU. Alone they use ``F.gaussian_nll_loss``.
 
-few = [copy.deepcopy(model).double() for model in models[::50]]  # of four data sets
-x64, y64, at64 = (t.double() for t in (x[whose[::50]], y[whose[::50]], x_test))
+# of four data sets
+few = [copy.deepcopy(model).to("cpu", torch.float64) for model in models[::50]]
+data = x[whose[::50]], y[whose[::50]], x_test
+x64, y64, at64 = (t.to("cpu", torch.float64) for t in data)
 stack, _ = stack_module_state(few)
 train(stack, x64, y64, steps=20)
 for model, own_x, own_y in zip(few, x64, y64, strict=True):
