@@ -123,14 +123,14 @@ def train_step(params, optimizer, rates, x, target):
 
 
 # %%
-# The check to keep: in float64, networks trained together and alone predict the same.
+# The check to keep, in float64 on the CPU: together and alone, networks train alike.
 
-few = [model.double() for model in make_models(3)]
-rates = torch.tensor([0.002, 0.02, 0.2], dtype=torch.float64, device=device)
+few = [model.to("cpu", torch.float64) for model in make_models(3)]
+rates = torch.tensor([0.002, 0.02, 0.2], dtype=torch.float64, device="cpu")
 params, _ = stack_module_state(few)
 optimizer = torch.optim.Adam(params.values(), lr=1, fused=True)
-x = torch.rand(20, 3, 32, 64, dtype=torch.float64).to(device)
-target = torch.randint(10, (20, 3, 32)).to(device)
+x = torch.rand(20, 3, 32, 64, dtype=torch.float64, device="cpu")
+target = torch.randint(10, (20, 3, 32))
 for step in range(20):
     train_step(params, optimizer, rates, x[step], target[step])
 together = vmap(predict)(params, x[0])  # [3, 32, 10]
@@ -248,7 +248,7 @@ choices = {
 def score(probs):
     """Error in % and nll of the average: ``[split, 2]``."""
     mean = probs.mean(dim=1)  # [split, image, class]
-    wrong = 100 * (mean.argmax(dim=-1) != y_test).double().mean(dim=1)
+    wrong = 100 * (mean.argmax(dim=-1) != y_test).float().mean(dim=1)
     return torch.stack([wrong, losses_of(mean[:, None], y_test)[:, 0]], dim=1).cpu()
 
 
@@ -365,7 +365,7 @@ fig.set_label(
 # The best of many is partly the luckiest, the more so the fewer images choose it. The
 # member with the least error on 50 validation images, and on all 300:
 
-wrong = 100 * (val.argmax(dim=-1) != y_val[:, None]).double()  # [split, member, image]
+wrong = 100 * (val.argmax(dim=-1) != y_val[:, None]).float()  # [split, member, image]
 after = {}
 for count in (50, 300):
     there, best = wrong[:, :, :count].mean(dim=-1).min(dim=1)
