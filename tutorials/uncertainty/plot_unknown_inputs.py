@@ -162,17 +162,17 @@ def predict(skeleton, params, x):
 
     params = {name: p.unflatten(0, (-1, len(x))) for name, p in params.items()}
     every = vmap(vmap(one), in_dims=(0, None))
-    return every(params, x).softmax(-1, dtype=torch.float64)
+    return every(params, x).to("cpu", torch.float64).softmax(-1)
 
 
 # %%
-# The check: in float64, trained together or alone, a model predicts the same.
+# The check, in float64 on the CPU: together and alone, a model trains alike.
 
-models = [cnn(8).to(device, torch.float64) for _ in range(4)]  # 2 members, 2 folds
-x64, rows = x.double(), torch.randint(5000, (20, 4, 32), device=device)
+models = [cnn(8).to("cpu", torch.float64) for _ in range(4)]  # 2 members, 2 folds
+x64, y64, rows = x.to("cpu", torch.float64), y.cpu(), torch.randint(5000, (20, 4, 32))
 parts = x64[:100].view(2, 50, 1, 28, 28)  # [fold, image, 1, 28, 28]
-together = predict(*train(models, x64, y, rows, 0.01), parts)
-skeleton, params = train(models[1:2], x64, y, rows[:, 1:2], 0.01)
+together = predict(*train(models, x64, y64, rows, 0.01), parts)
+skeleton, params = train(models[1:2], x64, y64, rows[:, 1:2], 0.01)
 params = {name: p[0] for name, p in params.items()}
 alone = functional_call(skeleton, params, (parts[1],), strict=True).softmax(-1)
 off = (together[0, 1] - alone).abs().max()  # member 0 of fold 1
@@ -198,7 +198,7 @@ for name, (width, members, rate) in recipes.items():
     picks = torch.randint(3500, (num_steps, len(models), 32), device=device)
     own = torch.arange(num_folds, device=device).repeat(members)[:, None]
     network = train(models, x, y, train_rows[own, picks], rate)
-    probs[name] = {kind: predict(*network, t).cpu() for kind, t in tests.items()}
+    probs[name] = {kind: predict(*network, t) for kind, t in tests.items()}
     means[name] = {kind: p.mean(0) for kind, p in probs[name].items()}
     t = [*map(temperature, means[name]["validation"], answers["validation"])]
     t = torch.stack(t).view(-1, 1, 1)
@@ -225,13 +225,13 @@ def auroc(scores_in, scores_out):
     known = scores_in.sort().values
     below = torch.searchsorted(known, scores_out)
     not_above = torch.searchsorted(known, scores_out, right=True)  # a tie counts half
-    return (below + not_above).double().mean() / (2 * len(known))
+    return (below + not_above).to(scores_in).mean() / (2 * len(known))
 
 
 def fpr_at_95(scores_in, scores_out):
     """Share of out that passes if 95 % of in do, 0 to 1 (arXiv:1706.02690)."""
     check_scores(scores_in, scores_out)
-    return (scores_out <= scores_in.quantile(0.95)).double().mean()
+    return (scores_out <= scores_in.quantile(0.95)).to(scores_in).mean()
 
 
 # %%
@@ -246,7 +246,7 @@ def fpr_at_95(scores_in, scores_out):
 
 def sure_and_wrong(probs, answers):
     probability, answer = probs.max(-1)
-    return ((probability > 0.9) & (answer != answers)).double().mean(-1)  # [fold]
+    return ((probability > 0.9) & (answer != answers)).to(probs).mean(-1)  # [fold]
 
 
 def verdict(gap):
@@ -347,7 +347,7 @@ for line, (title, score) in zip(axes, rows.items(), strict=True):
     line[0].set_ylabel(title)
 fig.suptitle(f"Digits {kind} degrees, fold 0; {where}")
 fig.set_label("The six digits of most disagreement; six with sure, wrong answers.")
-wrong = (answer != answers[kind]).double()
+wrong = (answer != answers[kind]).to(p)
 alike = wrong[(votes == votes[0]).all(0)].mean()
 print(f"{kind}: wrong are {wrong.mean():.0%}; where all members agree, {alike:.0%}")
 
@@ -366,7 +366,7 @@ for name in recipes:
     for kind in ["turned by 0", "other digits", "patches"]:
         right = scaled[name][kind].argmax(-1) == answers[kind]
         answered = entropy(scaled[name][kind]) <= threshold
-        share, good = (v.double().mean() for v in (answered, right[answered]))
+        share, good = (v.to(known).mean() for v in (answered, right[answered]))
         print(f"{name:10}, {kind:12}: answers {share:4.0%}, {good:4.0%} of it right")
 
 # %%
@@ -382,7 +382,7 @@ for kind in ["patches", "other digits"]:
         p = scaled[label.split(",")[0]]
         unsure = torch.cat([score[k] for k in mix], dim=1)
         right = torch.cat([p[k].argmax(-1) == answers[k] for k in mix], dim=1)
-        right = right.gather(1, unsure.argsort()).double()  # surest first
+        right = right.gather(1, unsure.argsort()).to(unsure)  # surest first
         counts = [right.shape[1] * percent // 100 for percent in (30, 50, 70)]
         rows[label] = [right[:, :count].mean(1) for count in counts]
     print(f"{'digits and ' + kind:26}{'30 %':19}{'50 %':19}70 %")
