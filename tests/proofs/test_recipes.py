@@ -38,13 +38,13 @@ def test_it_needs_the_setup_alone_and_runs_twice(ensemble, heading, capsys):
     assert first.count("\n") in (1, 2)
     exec(RECIPES[heading], ensemble)
     assert capsys.readouterr().out == first
+    assert not any(module.training for module in ensemble["skeleton"].modules())
+    assert all(p.requires_grad for p in ensemble["params"].values())
 
 
 def test_they_run_in_any_order(ensemble):
     for heading in reversed(RECIPES):
         exec(RECIPES[heading], ensemble)
-    assert not ensemble["skeleton"].training
-    assert all(p.requires_grad for p in ensemble["params"].values())
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
