@@ -1,86 +1,61 @@
 """Pictures that stand for a page: in the gallery, and where people share its address.
 
-Both show a figure that the page drew, here or on a machine that recorded it; a page
-without figures shows its headings. Cards for messengers are drawn only where the
-site's address is known, because they need a full one.
+Both show the first figure that the page drew, here or on a machine that recorded it. A
+page without figures has a drawing, ``_static/plot_x.svg``. While it has neither, since
+it is new or did not run yet, the logo stands there; tests ask for a drawing. Cards for
+messengers are drawn only where the site's address is known: they need a full one.
 """
 
 import base64
-import gzip
-import hashlib
-import itertools
-import re
 import textwrap
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 import matplotlib
 from docutils import nodes
+from resvg_py import svg_to_bytes
+from sphinx.errors import ExtensionError
 
 import runner
 from _ext import gallery, recordings
 
-FOLDER = Path("_build", "pictures")
-LIGHT = 12_000  # bytes of a thumbnail as sent; of a page's figures the first so light
+STATIC = runner.ROOT / "_static"
 CARD = (1200, 630)
-USUAL = "plot_when_vmap_pays"  # its figure stands on the cards of all other pages
-
-
-def headings(tutorial):
-    """Headings of a page between its title and the usual last ones."""
-    text = (runner.TUTORIALS / f"{tutorial}.py").read_text(encoding="utf-8")
-    rows = [row for cell in runner.split(text) for row in cell.prose.splitlines()]
-    found = [a for a, b in itertools.pairwise(rows) if re.match("-{3,}$", b)]
-    usual = {"Set-up", "Remember", "Next", "References"}
-    return [heading.replace("``", "") for heading in found if heading not in usual]
-
-
-def contents(tutorial):
-    """An SVG of a page's first headings, in the ink of the reader's theme."""
-    shown = [
-        textwrap.shorten(heading, 46, placeholder=" …")
-        for heading in headings(tutorial)[:8]
-    ]
-    lines = "".join(
-        f'<text x="14" y="{34 + 32 * row}" fill="currentColor" font-size="15" '
-        f'font-family="sans-serif">{escape(heading)}</text>'
-        for row, heading in enumerate(shown)
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="403.2pt" height="273.6pt" '
-        f'viewBox="0 0 403.2 273.6">{runner.THEME}{lines}</svg>'
-    )
 
 
 def picture_of(app, tutorial):
-    """The file of the figure, or of the headings, that stands for a page."""
-    drawn = [fig for _, figs in recordings.figures_of(app, tutorial) for fig in figs]
-    for path, _ in drawn:
-        if len(gzip.compress(path.read_bytes())) < LIGHT:
+    """The file of the picture that stands for a page."""
+    for _, figures in recordings.figures_of(app, tutorial):
+        for path, _ in figures:
             return path
-    svg = contents(tutorial)
-    name = hashlib.sha256(svg.encode()).hexdigest()[:16]
-    path = Path(app.srcdir, FOLDER, f"{name}.svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(svg, encoding="utf-8")
-    return path
+    drawing = STATIC / f"{Path(tutorial).name}.svg"
+    return drawing if drawing.exists() else STATIC / "logo.svg"
 
 
 def thumbnails(app, doctree):
     """In gallery indexes: one size, light, and loaded when they come into view."""
-    for thumbnail in doctree.findall(nodes.image):
-        if tutorial := gallery.thumbnail_of(thumbnail):
-            app.env.note_dependency(f"{gallery.GENERATED}/{tutorial}.rst")
-            path = picture_of(app, tutorial)
-            thumbnail["uri"] = "/" + path.relative_to(app.srcdir).as_posix()
-            thumbnail["width"], thumbnail["height"] = "403", "274"
-            thumbnail["loading"] = "lazy"
+    place = Path(app.env.docname)
+    if place.name != "index" or not place.is_relative_to(gallery.GENERATED):
+        return
+    images = {
+        gallery.thumbnail_of(image): image for image in doctree.findall(nodes.image)
+    }
+    scripts = runner.TUTORIALS / place.parent.relative_to(gallery.GENERATED)
+    if set(images) != set(map(runner.name_of, scripts.rglob("plot_*.py"))):
+        raise ExtensionError(
+            f"{place}: its thumbnails do not belong to its pages. Does Sphinx-Gallery "
+            "name them in another way? See thumbnail_of in _ext/gallery.py"
+        )
+    for tutorial, thumbnail in images.items():
+        app.env.note_dependency(f"{gallery.GENERATED}/{tutorial}.rst")
+        path = picture_of(app, tutorial)
+        thumbnail["uri"] = "/" + path.relative_to(app.srcdir).as_posix()
+        thumbnail["width"], thumbnail["height"] = "403", "274"
+        thumbnail["loading"] = "lazy"
 
 
 def draw_card(title, section, picture):
-    """PNG of a card: section and title on the left, a figure on the right."""
-    from resvg_py import svg_to_bytes  # only a site with an address needs it
-
+    """PNG of a card: section and title on the left, a picture on the right."""
     svg = picture.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :].replace("currentColor", runner.INK_LIGHT)
     data = base64.b64encode(svg.encode()).decode()
@@ -111,23 +86,16 @@ def draw_card(title, section, picture):
 
 
 def card(app, docname):
-    """Path of a page's card below the built site; drawn where there is none yet."""
-    pages = runner.all_pages()
-    usual = next((page for page in pages if page.stem == USUAL), pages[0])
-    usual = usual.relative_to(runner.TUTORIALS).with_suffix("").as_posix()
-    tutorial = gallery.tutorial_of(docname) or usual
-    page = app.env.titles.get(docname)
-    title = page.astext() if page else app.config.project
-    section = tutorial.split("/")[0].capitalize()
-    if docname != f"{gallery.GENERATED}/{tutorial}":
-        section = "Ensembles of neural networks with torch.func.vmap"
-    picture = picture_of(app, tutorial)
-    state = repr((title, section, picture.read_text(encoding="utf-8")))
-    name = f"_images/card-{hashlib.sha256(state.encode()).hexdigest()[:16]}.png"
+    """Draw a page's card; return its path below the built site."""
+    section = "Ensembles of neural networks with torch.func.vmap"
+    picture = STATIC / "many-small-networks.svg"
+    if tutorial := gallery.tutorial_of(docname):
+        section = tutorial.split("/")[0].capitalize()
+        picture = picture_of(app, tutorial)
+    name = f"_images/card-{docname.replace('/', '-')}.png"
     path = Path(app.outdir, name)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(draw_card(title, section, picture))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(draw_card(app.env.titles[docname].astext(), section, picture))
     return name
 
 
