@@ -24,7 +24,7 @@ extensions = [
     "_ext.formulas",
     "_ext.pictures",
     "_ext.sharing",
-    "_ext.light",
+    "_ext.icons",
 ]
 templates_path = ["_templates"]
 

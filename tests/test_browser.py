@@ -106,9 +106,13 @@ FIRST_ANSWER = r"""() => {
 }"""
 
 
+LOADED = """document.fonts.ready.then(
+    () => performance.getEntriesByType('resource').map(entry => entry.name))"""
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_page_fits_a_desktop_and_a_phone(visit, name):
-    """One load a page: its width, where its lines to copy begin, its accessibility."""
+    """One load a page: width, where its lines to copy begin, icons, accessibility."""
     page = visit(f"{name}.html")
     if "plot_" in name:
         assert page.evaluate(FIRST_ANSWER) < 2 * 900, "not on the first two screens"
@@ -119,6 +123,8 @@ def test_page_fits_a_desktop_and_a_phone(visit, name):
         page.evaluate("name => document.documentElement.dataset.theme = name", theme)
         scroll = page.evaluate("document.documentElement.scrollWidth")
         assert scroll <= width, f"wider than {width} pixels"
+        fonts = [name for name in page.evaluate(LOADED) if "fa-solid" in name]
+        assert not fonts, "an icon is shown that ICONS in _ext/icons.py does not have"
         if name in FOR_AXE:
             page.wait_for_timeout(
                 500
@@ -182,12 +188,6 @@ def test_the_layout_does_not_shift(visit):
         setTimeout(() => resolve(found), 500);
     })"""
     assert sum(page.evaluate(shifts)) < 0.01
-
-
-def test_the_theme_s_icon_font_is_not_loaded(visit):
-    page = visit(f"{TUTORIAL}.html")
-    names = "performance.getEntriesByType('resource').map(entry => entry.name)"
-    assert not [name for name in page.evaluate(names) if "fa-solid" in name]
 
 
 def test_reader_walks_by_previous_and_next(visit):
