@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent))  # for _ext and the runner
 
@@ -16,6 +17,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinx_design",
     "sphinx_copybutton",
+    "notfound.extension",
     "_ext.gallery",
     "_ext.pages",
     "_ext.recordings",
@@ -31,6 +33,8 @@ templates_path = ["_templates"]
 # Where the site and its sources stand, if they do: links and cards that need it.
 html_baseurl = os.environ.get("SITE_URL", "")
 repository = os.environ.get("REPOSITORY", "")
+notfound_urls_prefix = urlsplit(html_baseurl).path.rstrip("/") + "/"
+notfound_template = "404.html"
 
 # tutorials/ holds sources that Sphinx-Gallery turns into auto_tutorials/.
 exclude_patterns = [

@@ -17,6 +17,7 @@ def describe(app, pagename, templatename, context, doctree):
     """Give _templates/ what they write: description, card, links to the sources.
 
     The description of a page is its first paragraph, so that has to stand alone.
+    sphinxext-opengraph would take what stands above it, too, and cut it.
     """
     paragraph = doctree and next(doctree.findall(nodes.paragraph), None)
     context["description"] = " ".join(paragraph.astext().split()) if paragraph else ""
@@ -37,33 +38,20 @@ def on_github(app, tutorial):
         ("Source on GitHub", f"{home}/blob/main/tutorials/{tutorial}.py"),
         ("Report a problem on this page", f"{home}/issues/new?title={about}"),
     ]
-    page = (runner.TUTORIALS / tutorial).with_suffix(".py")
     for path in sorted(runner.RECORDINGS.glob(f"*/{tutorial}.ipynb")):
-        if runner.state(page, path) == "current":
-            notebook = (
-                f"{app.config.repository}/blob/main/{path.relative_to(runner.ROOT)}"
-            )
-            colab = f"https://colab.research.google.com/github/{notebook}"
+        if runner.state(runner.TUTORIALS / f"{tutorial}.py", path) == "current":
+            place = f"{app.config.repository}/blob/main/{path.relative_to(runner.ROOT)}"
+            colab = f"https://colab.research.google.com/github/{place}"
             return [("Open in Colab", colab), *links]
     return links
 
 
 def write_sitemap(app, problem):
-    """sitemap.xml and robots.txt, where the site's address is known."""
-    if problem or not app.config.html_baseurl or app.builder.name != "html":
-        return
-    address = app.config.html_baseurl.rstrip("/")
-    pages = sorted(app.env.found_docs - {"404"})
-    places = "".join(f"<url><loc>{address}/{page}.html</loc></url>\n" for page in pages)
-    Path(app.outdir, "sitemap.xml").write_text(
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n'
-        f"{places}</urlset>\n",
-        encoding="utf-8",
-    )
-    Path(app.outdir, "robots.txt").write_text(
-        f"User-agent: *\nSitemap: {address}/sitemap.xml\n", encoding="utf-8"
-    )
+    """All pages, for search engines; sphinx-sitemap lists those of the last build."""
+    if app.config.html_baseurl and app.builder.name == "html" and not problem:
+        address = app.config.html_baseurl.rstrip("/")
+        places = [f"{address}/{page}.html\n" for page in sorted(app.env.found_docs)]
+        Path(app.outdir, "sitemap.txt").write_text("".join(places), encoding="utf-8")
 
 
 def setup(app):
