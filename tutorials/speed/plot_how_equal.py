@@ -68,7 +68,7 @@ def tolerance(looped, num_layers, longest_sum, u=None):
     return 2 * relative * looped.abs().max().item()
 
 
-in64 = [tensor.double() for tensor in (x, *state)]
+in64 = [tensor.to("cpu", torch.float64) for tensor in (x, *state)]
 looped, vectorized = plain_loop(*in64), one_call(*in64)
 distance, largest = (vectorized - looped).abs().max(), looped.abs().max()
 print(f"float64: {distance:.1e} apart, the largest logit is {largest:.0f}")
@@ -88,8 +88,8 @@ torch.testing.assert_close(
 # where large terms cancel, as with inputs far from zero, rounding exceeds both bounds
 # in correct code as well. Normalize such inputs.
 #
-# An Apple GPU has no float64: move both sides to the CPU for the first half. Where your
-# program uses TF32, ask for IEEE float32 for the comparison alone:
+# An Apple GPU has no float64, so float64 runs on the CPU here. Where your program uses
+# TF32, ask for IEEE float32 for the comparison alone:
 #
 # .. code-block:: python
 #
@@ -161,22 +161,23 @@ def loop_over(function, params, *shared):
 # The **unit roundoff** *u* is the largest relative error of storing one number. The
 # error of a logit is some *u* times the largest logit, which grows in training.
 
-precisions = {"bfloat16": (torch.bfloat16, 2**-8), "float16": (torch.float16, 2**-11)}
-precisions |= {"TF32": (torch.float32, 2**-11)} if device.type == "cuda" else {}
-precisions |= {"float32": (torch.float32, 2**-24), "float64": (torch.float64, 2**-53)}
+precisions = {"bfloat16": (device, torch.bfloat16), "float16": (device, torch.float16)}
+precisions |= {"TF32": (device, torch.float32)} if device.type == "cuda" else {}
+precisions |= {"float32": (device, torch.float32), "float64": ("cpu", torch.float64)}
 
 pairs, distances, limits = {}, {}, {}
 print("state    precision  largest  distance  at 1e-6  tolerance")
 for state, params in states.items():
-    for name, (dtype, u) in precisions.items():
-        mode = "tf32" if name == "TF32" else "ieee"
+    for name, to in precisions.items():
+        mode, u = ("tf32", 2**-11) if name == "TF32" else ("ieee", None)
         conv.fp32_precision = matmul.fp32_precision = mode
-        stacked, x = {n: p.to(dtype) for n, p in params.items()}, images.to(dtype)
+        stacked, x = {n: p.to(*to) for n, p in params.items()}, images.to(*to)
         a = loop_over(predict, stacked, x)
         b = vmap(predict, in_dims=(0, None))(stacked, x)
         key = state, name
         pairs[key], limits[key] = (a, b), tolerance(a, 4, 9216, u)
-        distances[key] = (a.double() - b.double()).abs().max().item()
+        apart = a.to("cpu", torch.float64) - b.cpu()
+        distances[key] = apart.abs().max().item()
         fixed = torch.allclose(a, b, atol=1e-6, rtol=1e-6)
         print(f"{state:8} {name:9} {a.abs().max():8.2f}   {distances[key]:.1e}", end="")
         print(f"{'passes' if fixed else 'fails':>9}    {limits[key]:.1e}")
@@ -218,12 +219,13 @@ print(f"float64: {error:.1e} apart, so loop and vmap are the same function")
 
 def moves(params, name):
     """How far wrong weights move the logits, without those that move none."""
-    member = {n: p[0].detach().double() for n, p in params.items()}
-    right, results = predict(member, images.double()), []
+    member = {n: p[0].detach().to("cpu", torch.float64) for n, p in params.items()}
+    x = images.to("cpu", torch.float64)
+    right, results = predict(member, x), []
     for i in torch.randint(member[name].numel(), (48,)).tolist():
         wrong = member[name].clone()
         wrong.view(-1)[i] *= 1.1
-        logits = predict(member | {name: wrong}, images.double())
+        logits = predict(member | {name: wrong}, x)
         results.append((logits - right).abs().max().item())
     return torch.tensor([result for result in results if result > 0])
 
@@ -309,13 +311,13 @@ def member_loss(params, x, y):
 # One training, in a loop or in one call:
 
 
-def train(way, dtype, move=0.0):
+def train(way, place, dtype, move=0.0):
     """All weights after 200 steps, in float64."""
-    params = {n: p.detach().to(dtype, copy=True) for n, p in start.items()}
+    params = {n: p.detach().to(place, dtype, copy=True) for n, p in start.items()}
     for p in params.values():
         p.add_(move * torch.randn_like(p)).requires_grad_()
     optimizer = torch.optim.Adam(params.values(), lr=0.01)
-    x, y = points.to(device, dtype), targets.to(device, dtype)
+    x, y = points.to(place, dtype), targets.to(place, dtype)
     for _ in range(200):
         optimizer.zero_grad()
         if way == "vmap":
@@ -324,16 +326,17 @@ def train(way, dtype, move=0.0):
             losses = loop_over(member_loss, params, x, y)
         losses.sum().backward()
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in params.values()]).double()
+    weights = torch.cat([p.detach().flatten() for p in params.values()])
+    return weights.to("cpu", torch.float64)
 
 
 # %%
 # The loop alone shows how much training amplifies: run it in float64 once more, from
 # weights that are moved by about 1e-9.
 
-loop32, vmap32 = (train(way, torch.float32) for way in ("loop", "vmap"))
-loop64, vmap64 = (train(way, torch.float64) for way in ("loop", "vmap"))
-nudged = train("loop", torch.float64, move=1e-9)
+loop32, vmap32 = (train(way, device, torch.float32) for way in ("loop", "vmap"))
+loop64, vmap64 = (train(way, "cpu", torch.float64) for way in ("loop", "vmap"))
+nudged = train("loop", "cpu", torch.float64, move=1e-9)
 growth = (nudged - loop64).abs().max() / 1e-9
 error = (vmap64 - loop64).abs().max()
 print(f"200 steps of Adam amplify about {growth:.0e} times. Weights apart in the end:")
