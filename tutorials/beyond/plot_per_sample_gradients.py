@@ -82,17 +82,18 @@ for name, g in gradients.items():
 # --------------------
 #
 # Keep this check in your own project: some samples, one after the other with an
-# ordinary ``backward``, in float64, where rounding is far below any mistake.
+# ordinary ``backward``, in float64 on the CPU, where rounding is far below any mistake.
 
-model64, x64 = copy.deepcopy(model).double(), x.double()
+model64 = copy.deepcopy(model).to("cpu", torch.float64)
+x64, y64 = x.to("cpu", torch.float64), y.cpu()
 params64 = {name: p.detach() for name, p in model64.named_parameters()}
 buffers64 = dict(model64.named_buffers())
-gradients64 = every_gradient(params64, buffers64, x64, y)
+gradients64 = every_gradient(params64, buffers64, x64, y64)
 
 off = 0.0
 for i in range(32):
     model64.zero_grad()
-    F.cross_entropy(model64(x64[i : i + 1]), y[i : i + 1]).backward()
+    F.cross_entropy(model64(x64[i : i + 1]), y64[i : i + 1]).backward()
     for name, p in model64.named_parameters():
         off = max(off, (gradients64[name][i] - p.grad).abs().max().item())
 assert off < 1e-10, f"vmap does not compute the gradients of the loop: {off:.0e} apart"
@@ -115,7 +116,7 @@ def clipped_mean(gradients, max_norm):
 
 
 mean, norms = clipped_mean(gradients, max_norm=3.0)
-share = (norms > 3).double().mean()
+share = (norms > 3).float().mean()
 print(f"norms {norms.min():.2f} to {norms.max():.2f}; {share:.0%} of them are clipped")
 for name, p in model.named_parameters():
     p.grad = mean[name]  # now call optimizer.step()
@@ -183,7 +184,7 @@ def losses_and_norms(model, x, y):
 # A second backward pass clips ("ghost clipping"): weight each loss by its factor, which
 # is a constant (hence ``detach``). That gives the mean of the clipped gradients.
 
-losses, norms64 = losses_and_norms(model64, x64, y)
+losses, norms64 = losses_and_norms(model64, x64, y64)
 factors = (3.0 / norms64.clamp(min=1e-12)).clamp(max=1)
 model64.zero_grad()
 (factors * losses).mean().backward()
@@ -299,7 +300,7 @@ found = []
 for seed in range(10):
     flipped, _, *scores = find_flipped(seed)
     tops = [score.topk(int(flipped.sum())).indices for score in scores]
-    found.append([flipped[top].double().mean() for top in tops])
+    found.append([flipped[top].float().mean() for top in tops])
 
 norm, loss = torch.tensor(found).T
 gap, error = (norm - loss).mean(), (norm - loss).std() / 10**0.5
