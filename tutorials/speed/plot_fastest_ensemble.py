@@ -11,7 +11,7 @@ your machine. Layers that keep the device busy favor the loop, as convolutions o
 do; many small layers favor ``vmap``.
 
 Read ``plot_ensembling.py`` before; if you train, ``plot_training.py`` instead. The
-compiled ways need a C++ compiler, such as g++.
+compiled ways need a C++ compiler, such as g++; on a GPU, Triton and a C compiler.
 """
 
 # %%
@@ -19,9 +19,6 @@ compiled ways need a C++ compiler, such as g++.
 # ------
 
 import copy
-import shutil
-import sys
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
 torch.manual_seed(0)
@@ -96,14 +93,15 @@ compiled_vmap = torch.compile(vmap(predict))
 # %%
 # The first calls compile:
 
-compiler = shutil.which({"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
-if compiler:
-    start = time.perf_counter()
+start, compiler = timer(), True  # this timer waits for a GPU
+try:
     logits = compiled_loop(models_last, minibatches_last)  # [10, 32, 10]
     logits = compiled_vmap(params, buffers, minibatches)  # [10, 32, 10]
-    print(f"compiling both took {time.perf_counter() - start:.1f} s")
-else:
-    print("No C++ compiler was found: the compiled ways are left out.")
+    print(f"compiling both took {timer() - start:.1f} s")
+except RuntimeError as problem:
+    compiler = False
+    print("No C++ compiler was found, or none works:", str(problem).splitlines()[0])
+    print("The compiled ways are left out.")
 
 # %%
 # If compiling fails, call ``loop`` and ``vmap(predict)`` with the same arguments. For
@@ -113,12 +111,12 @@ else:
 # How each step gets its number
 # -----------------------------
 #
-# Its logits must be those of float64. Then it takes turns with the step that it changes
-# and with the plain loop. Compare the ratios, which come from within a turn; the
-# milliseconds drift with the processor's clock.
+# Its logits must be those of float64 on the CPU. Then it takes turns with the step that
+# it changes and with the plain loop. Compare the ratios, which come from within a turn;
+# the milliseconds drift with the processor's clock.
 
-models64 = [copy.deepcopy(model).cpu().double() for model in models]
-exact = loop(models64, minibatches.cpu().double())
+models64 = [copy.deepcopy(model).to("cpu", torch.float64) for model in models]
+exact = loop(models64, minibatches.to("cpu", torch.float64))
 
 
 def in_turns(*functions, rounds=5):
@@ -138,7 +136,7 @@ def step(name, function, after="loop", tolerance=1e-5):
     """Check a way; time it beside the step that it changes and the loop."""
     if "compiled" in name and not compiler:
         return
-    error = (function().cpu().double() - exact).abs().max().item()
+    error = (function().to("cpu", torch.float64) - exact).abs().max().item()
     assert error < tolerance, f"{name}: a logit is {error:.0e} off from float64"
     functions[name] = function
     beside = list(dict.fromkeys([name, after, "loop"]))
