@@ -92,9 +92,9 @@ with torch.device("meta"):
     skeleton = mlp()
 
 
-def begin(num_models, dtype=torch.float32):
+def begin(num_models, **options):
     """Parameters and a minibatch of each member, all random."""
-    options = {"dtype": dtype, "device": device}
+    options = {"device": device} | options
     shapes = {name: p.shape for name, p in skeleton.named_parameters()}
     params = {k: torch.randn(num_models, *s, **options) / 8 for k, s in shapes.items()}
     x = torch.randn(num_models, 32, 64, **options)
@@ -122,7 +122,7 @@ def train_step(params, optimizer, x, y):
 # --------------------------------
 #
 # A plan must not change, forget or repeat a member. Seven train on "three devices" in
-# rounds of two, then one by one, without ``vmap``.
+# rounds of two, then one by one, without ``vmap``, both in float64 on the CPU.
 
 
 def rounds_of(num_models, rank, devices, at_once):
@@ -131,7 +131,7 @@ def rounds_of(num_models, rank, devices, at_once):
     return torch.arange(num_models)[rank * share : (rank + 1) * share].split(at_once)
 
 
-params, x, y = begin(7, torch.float64)
+params, x, y = begin(7, dtype=torch.float64, device="cpu")
 trained = []
 for own in [own for rank in range(3) for own in rounds_of(7, rank, 3, at_once=2)]:
     mine = {k: p[own].detach().requires_grad_() for k, p in params.items()}
@@ -141,7 +141,7 @@ for own in [own for rank in range(3) for own in rounds_of(7, rank, 3, at_once=2)
     trained += mine["0.weight"].detach()
 alone = []
 for i in range(7):
-    model = mlp().to(device, torch.float64)
+    model = mlp().to("cpu", torch.float64)
     model.load_state_dict({name: p[i] for name, p in params.items()})
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(10):
