@@ -203,6 +203,7 @@ def test_cards_of_the_gallery_lead_to_their_pages(visit):
     card = page.locator(".sphx-glr-thumbcontainer").first
     assert "loop over the models" in card.get_attribute("tooltip")
     card.click()
+    page.wait_for_load_state()
     assert page.url.endswith(f"{TUTORIAL}.html")
 
 
