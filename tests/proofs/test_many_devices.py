@@ -32,7 +32,7 @@ def one(rank, world, num_models):
     )
     x, _ = minibatch(num_models, 0)
     with Count() as training:
-        params = train(share(num_models, rank, world), 20, "cpu")
+        params = train(share(num_models, rank, world), 20, "cpu", torch.float64)
     reduced, all_reduce = [], dist.all_reduce
 
     def reduce(total):  # CommDebugMode cannot stand around a vmapped module
@@ -42,7 +42,7 @@ def one(rank, world, num_models):
 
     dist.all_reduce = reduce
     with Count() as predicting:
-        probabilities = predict(params, x, num_models)
+        probabilities = predict(params, x.double(), num_models)
     result = [params, probabilities, [training.calls, predicting.calls, reduced]]
     torch.save(result, f"{num_models}-{world}-{rank}.pt")
     dist.barrier()

@@ -35,10 +35,10 @@ from torch.func import functional_call, stack_module_state, vmap
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
 devices = torch.accelerator.device_count()
-num_processes, where = 2, f"a CPU with {os.cpu_count()} cores"
+where = f"a CPU with {os.cpu_count()} cores"
 if device != cpu:
-    num_processes, where = devices, f"{devices} x {device.type.upper()}"
-print(f"{num_processes} processes on {where}, torch {torch.__version__}, float64")
+    where = f"{devices} x {device.type.upper()}"
+print(f"{where}, torch {torch.__version__}, float32 but for the check")
 
 # %%
 # Split the members over the processes
@@ -58,7 +58,7 @@ def share(num_models, rank, world):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).double()
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def build(member):
@@ -68,7 +68,7 @@ def build(member):
 
 def minibatch(member, step):
     generator = torch.Generator().manual_seed(1_000_000 * (member + 1) + step)
-    x = torch.randn(32, 64, generator=generator, dtype=torch.float64)
+    x = torch.randn(32, 64, generator=generator)
     return x, x[:, :10].argmax(dim=1)  # to learn: which of the first ten is largest?
 
 
@@ -87,14 +87,14 @@ def forward(params, x, in_dims):
     return vmap(call, in_dims)(params, x)
 
 
-def train(members, num_steps, device):
+def train(members, num_steps, device, dtype=torch.float32):
     """Stacked parameters of these members, trained. This communicates nothing."""
-    params, _ = stack_module_state([build(i).to(device) for i in members])
+    params, _ = stack_module_state([build(i).to(device, dtype) for i in members])
     optimizer = torch.optim.Adam(params.values(), lr=0.003)
     for step in range(num_steps):
         pairs = zip(*[minibatch(i, step) for i in members], strict=True)
         x, y = (torch.stack(rows).to(device) for rows in pairs)  # [share, 32, 64]
-        logits = forward(params, x, in_dims=(0, 0))  # [share, 32, 10]
+        logits = forward(params, x.to(dtype), in_dims=(0, 0))  # [share, 32, 10]
         losses = F.cross_entropy(logits.mT, y, reduction="none").mean(dim=1)  # [share]
         optimizer.zero_grad()
         losses.sum().backward()
@@ -106,13 +106,14 @@ def train(members, num_steps, device):
 # They meet only to predict. ``work`` is what a process does from its start to its end:
 
 
-def join():
+def join(device=None):
     """Enter the group of all processes; return rank, their number, own device."""
-    dist.init_process_group()  # NCCL for GPUs, gloo for CPU cores
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(device or accelerator or "cpu")
+    dist.init_process_group(dist.get_default_backend_for_device(device))  # NCCL, gloo
+    if device == accelerator:
         torch.accelerator.set_device_index(dist.get_node_local_rank())
-    return dist.get_rank(), dist.get_world_size(), device or torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def predict(params, x, num_models):
@@ -122,11 +123,11 @@ def predict(params, x, num_models):
     return total / num_models
 
 
-def work(num_models, num_steps):
-    rank, world, device = join()
-    params = train(share(num_models, rank, world), num_steps, device)
+def work(num_models, num_steps, device=None, dtype=torch.float32):
+    rank, world, device = join(device)
+    params = train(share(num_models, rank, world), num_steps, device, dtype)
     x, _ = minibatch(num_models, 0)  # no member trained on it
-    probabilities = predict(params, x.to(device), num_models)
+    probabilities = predict(params, x.to(device, dtype), num_models)
     torch.save([params, probabilities], f"{rank}.pt")
     dist.barrier()  # who leaves knows that all have saved
     dist.destroy_process_group()
@@ -154,8 +155,9 @@ def work(num_models, num_steps):
 # -----------------------
 #
 # It writes these functions into a ``train.py`` in a temporary folder, starts torchrun,
-# and reads what each process has saved. If it is interrupted, it ends torchrun by
-# ``terminate``, since ``kill`` would leave the processes running.
+# and reads what each process has saved. For the check, the call names the CPU and
+# float64. If the page is interrupted, it ends torchrun by ``terminate``, since ``kill``
+# would leave the processes running.
 
 imports = """
 import time
@@ -190,25 +192,25 @@ def launch(num_processes, script):
 
 functions = "\n\n".join([imports, *map(inspect.getsource, copied)])
 num_models, num_steps = 91, 10
-results = launch(num_processes, f"{functions}\nwork({num_models}, {num_steps})")
+call = f'work({num_models}, {num_steps}, "cpu", torch.float64)'
+results = launch(2, f"{functions}\n{call}")
 
 shares = [len(params["0.weight"]) for params, _ in results]
-print(f"{num_models} members, in {num_processes} processes:", *shares)
+print(f"{num_models} members, in {len(shares)} processes:", *shares)
 
 # %%
 # The same members for any number of processes
 # --------------------------------------------
 #
 # This page is a process, too; it trains all members by itself. The check to keep: train
-# with two numbers of processes, in float64.
+# with two numbers of processes, in float64 on the CPU.
 
-whole = train(range(num_models), num_steps, device)
-whole = {name: p.cpu() for name, p in whole.items()}
+whole = train(range(num_models), num_steps, "cpu", torch.float64)
 parts = {name: torch.cat([params[name] for params, _ in results]) for name in whole}
 message = "another number of processes makes other members. {}".format
 torch.testing.assert_close(parts, whole, atol=1e-10, rtol=0, msg=message)
 equal = all(torch.equal(parts[name], whole[name]) for name in whole)
-print(f"{num_processes} processes and 1 train the same members, within 1e-10;")
+print("2 processes and 1 train the same members, within 1e-10;")
 print(f"their parameters {'agree in every bit' if equal else 'differ in last bits'}")
 
 # %%
@@ -226,13 +228,13 @@ print(f"their parameters {'agree in every bit' if equal else 'differ in last bit
 # PyTorch's ``CommDebugMode``). It is as large as the prediction of one member, for any
 # number of members:
 
-x, _ = minibatch(num_models, 0)
+x = minibatch(num_models, 0)[0].to("cpu", torch.float64)
 probabilities = forward(whole, x, in_dims=(0, None)).softmax(dim=-1).mean(dim=0)
 _, reduced = results[-1]  # [32, 10], of the last process
 off = (reduced - probabilities).abs().max()
 print(f"sent: {list(reduced.shape)}, {reduced.nbytes / 1e3:.1f} kB;", end=" ")
 print(f"never sent: {sum(p.nbytes for p in parts.values()) / 1e6:.1f} MB of parameters")
-print(f"ensemble's probabilities by {num_processes} processes and 1: {off:.0e} apart")
+print(f"ensemble's probabilities by 2 processes and 1: {off:.0e} apart")
 
 # %%
 # How much faster is it?
@@ -298,7 +300,7 @@ if threads > 1:
     rival = median[1, 1] / median[1, threads]
     ax.plot(1, rival, "C2D", label=f"one process, {threads} threads")
 ax.set_xticks(ticks)
-ax.set_title(f"Training of {num_models} members, {num_steps} steps, float64\n{where}")
+ax.set_title(f"Training of {num_models} members, {num_steps} steps, float32\n{where}")
 ax.set_xlabel("processes at work")
 ax.set_ylabel("speed relative to 1 process, 1 thread")
 ax.legend()
@@ -318,17 +320,17 @@ fig.set_label(
 # The mistake: one DistributedDataParallel for all members
 # --------------------------------------------------------
 #
-# It is the tool for *one* model on many devices. Here each process wraps a member with
-# a seed and minibatches of its own:
+# It is the tool for *one* model on many devices. Here each of two processes, on the CPU,
+# wraps a member with a seed and minibatches of its own:
 
 
 def train_wrapped(num_steps):
-    rank, _, device = join()
-    model = nn.parallel.DistributedDataParallel(build(rank).to(device))
+    rank, _, _ = join("cpu")
+    model = nn.parallel.DistributedDataParallel(build(rank))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     for step in range(num_steps):
         x, y = minibatch(rank, step)
-        loss = F.cross_entropy(model(x.to(device)), y.to(device))
+        loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -337,17 +339,16 @@ def train_wrapped(num_steps):
     dist.destroy_process_group()
 
 
-few = min(2, num_processes)
 script = functions + "\n\n" + inspect.getsource(train_wrapped)
-wrapped = torch.stack(launch(few, f"{script}\n\ntrain_wrapped({num_steps})"))
-alone = parts["0.weight"][:few]  # the same members, on this page
+wrapped = torch.stack(launch(2, f"{script}\n\ntrain_wrapped({num_steps})"))
+alone = parts["0.weight"][:2]  # the same members, on this page
 for way, weights in {"unwrapped": alone, "wrapped": wrapped}.items():
-    print(f"{way}: {few} members, {len(weights.unique(dim=0))} distinct")
+    print(f"{way}: 2 members, {len(weights.unique(dim=0))} distinct")
 
 # %%
 # There is no warning. At the start the wrapper sends the weights of process 0 to all,
 # and in each step it averages the gradients of all: **several processes train one
-# model** (a single one has nobody to average with). Leave the wrapper out.
+# model**. Leave the wrapper out.
 #
 # Remember
 # --------
