@@ -12,9 +12,9 @@ NAMESPACE = names_of("scale/plot_checkpoints")
 
 def undisturbed(num_models, num_steps):
     members = range(num_models)
-    params, optimizer = NAMESPACE["begin"](members, "cpu")
+    params, optimizer = NAMESPACE["begin"](members, "cpu", torch.float64)
     for step in range(num_steps):
-        NAMESPACE["train_step"](params, optimizer, members, step + 1, "cpu")
+        NAMESPACE["train_step"](params, optimizer, members, step + 1)
     state = {name: p.detach() for name, p in params.items()}
     for name, p in params.items():
         state |= {f"{name}.{key}": t for key, t in optimizer.state[p].items()}
@@ -58,11 +58,11 @@ def fork(function, world, *arguments):
 def go_on(rank, world, num_models, folder, until, dies=False):
     # as work of plot_checkpoints.py, for ten steps
     members = share(num_models, rank, world)
-    params, optimizer = begin(members, cpu)
+    params, optimizer = begin(members, cpu, torch.float64)
     done = load_latest(params, optimizer, num_models, cpu, folder)
     assert done == until - 10, done
     for step in range(done + 1, until + 1):
-        train_step(params, optimizer, members, step, cpu)
+        train_step(params, optimizer, members, step)
     if dies and rank == world - 1:
         FileSystemWriter.write_data = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     save(params, optimizer, num_models, cpu, folder, until)
@@ -174,7 +174,7 @@ def test_the_variable_lets_torchrun_restart_a_killed_job(tmp_path):
     script = f"""{FUNCTIONS}
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     minibatch = killing(minibatch, 7, 16)
-work(8, 30, "saved")
+work(8, 30, "saved", "cpu", torch.float64)
 """
     options = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     options += ["--log-dir=.", "--nproc-per-node=2", "--max-restarts=1"]

@@ -38,10 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.func import functional_call, stack_module_state, vmap
 
-cpu = torch.device("cpu")
-device = torch.accelerator.current_accelerator(check_available=True) or cpu
-num_processes = torch.accelerator.device_count() or 4
-where = f"{device.type.upper()}, float64"
+num_processes, where = 4, "CPU, float64"
 print(f"{num_processes} processes, {where}, torch {torch.__version__}")
 
 # %%
@@ -104,20 +101,20 @@ def load_latest(params, optimizer, num_models, device, folder):
 # You use them so, in the function that each process runs:
 
 
-def work(num_models, num_steps, folder):
-    dist.init_process_group()  # NCCL for GPUs, gloo for CPU cores
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device:
+def work(num_models, num_steps, folder, device=None, dtype=torch.float32):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(device or accelerator or "cpu")
+    dist.init_process_group(dist.get_default_backend_for_device(device))  # NCCL, gloo
+    if device == accelerator:
         torch.accelerator.set_device_index(dist.get_node_local_rank())
-    device = device or torch.device("cpu")
     rank, world = dist.get_rank(), dist.get_world_size()
     members = share(num_models, rank, world)
-    params, optimizer = begin(members, device)
+    params, optimizer = begin(members, device, dtype)
     done = load_latest(params, optimizer, num_models, device, folder)
     if rank == 0:
         print(f"{world} processes go on after step {done}")
     for step in range(done + 1, num_steps + 1):
-        train_step(params, optimizer, members, step, device)
+        train_step(params, optimizer, members, step)
         if step % 10 == 0:
             save(params, optimizer, num_models, device, folder, step)
     dist.destroy_process_group()
@@ -140,7 +137,7 @@ def work(num_models, num_steps, folder):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).double()
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def build(member):
@@ -148,14 +145,14 @@ def build(member):
     return mlp()
 
 
-def begin(members, device):
-    params, _ = stack_module_state([build(i).to(device) for i in members])
+def begin(members, device, dtype=torch.float32):
+    params, _ = stack_module_state([build(i).to(device, dtype) for i in members])
     return params, torch.optim.Adam(params.values(), lr=0.003)
 
 
 def minibatch(member, step):
     generator = torch.Generator().manual_seed(1_000_000 * (member + 1) + step)
-    x = torch.randn(32, 64, generator=generator, dtype=torch.float64)
+    x = torch.randn(32, 64, generator=generator)
     return x, x[:, :10].argmax(dim=1)  # to learn: which of the first ten is largest?
 
 
@@ -170,14 +167,15 @@ def losses_of(params, x, y):
     def forward(params, x):
         return functional_call(skeleton, params, (x,), strict=True)
 
+    x = x.to(params["0.weight"])  # its device and dtype
     logits = vmap(forward)(params, x)  # [share, 32, 10]
-    return F.cross_entropy(logits.mT, y, reduction="none").mean(dim=1)  # [share]
+    return F.cross_entropy(logits.mT, y.to(x.device), reduction="none").mean(dim=1)
 
 
-def train_step(params, optimizer, members, step, device):
+def train_step(params, optimizer, members, step):
     """One step of these members, which communicates nothing."""
     pairs = zip(*[minibatch(i, step) for i in members], strict=True)
-    x, y = (torch.stack(rows).to(device) for rows in pairs)  # [share, 32, 64]
+    x, y = map(torch.stack, pairs)  # [share, 32, 64], [share, 32]
     optimizer.zero_grad()
     losses_of(params, x, y).sum().backward()
     optimizer.step()
@@ -194,7 +192,8 @@ def train_step(params, optimizer, members, step, device):
 # How this page starts it
 # -----------------------
 #
-# With a file that it writes.
+# With a file that it writes. For the check at the end, its call names the CPU and
+# float64; without them, each process takes a GPU, if there are any.
 
 
 def launch(num_processes, script, folder, wanted):
@@ -251,7 +250,7 @@ def killing(minibatch, *deadly):
 
 
 num_models, num_steps, deadly_step = 8, 40, 26
-call = f'work({num_models}, {num_steps}, "checkpoints")'
+call = f'work({num_models}, {num_steps}, "checkpoints", "cpu", torch.float64)'
 deadly = f"minibatch = killing(minibatch, {num_models - 1}, {deadly_step})"
 
 scratch = tempfile.TemporaryDirectory()
@@ -272,7 +271,7 @@ print("complete checkpoints of steps", *complete)
 
 half = shutil.ignore_patterns(".metadata")
 shutil.copytree(folder / "20", folder / "30", ignore=half, dirs_exist_ok=True)
-fewer = max(1, num_processes // 2)
+fewer = num_processes // 2
 last = f"checkpoints/{num_steps}/.metadata"
 print(launch(fewer, f"{functions}\n{call}", scratch.name, last).strip())
 
@@ -287,7 +286,7 @@ print(launch(fewer, f"{functions}\n{call}", scratch.name, last).strip())
 stacks = {}
 for step in range(10, num_steps + 1, 10):
     dcp_to_torch_save(folder / str(step), folder / "members.pt")
-    stacks[step] = torch.load(folder / "members.pt", map_location=device)
+    stacks[step] = torch.load(folder / "members.pt")
 scratch.cleanup()
 for name in ["0.weight", "0.weight.exp_avg", "0.weight.step"]:
     print(f"{name:16} {list(stacks[num_steps][name].shape)}")
@@ -297,20 +296,20 @@ for name in ["0.weight", "0.weight.exp_avg", "0.weight.step"]:
 # --------------------------
 #
 # The page trains the same members undisturbed. The check to keep: interrupt a training
-# of your own, in float64.
+# of your own, in float64 on the CPU.
 
 
 @torch.no_grad()
 def test_loss(params):
     """Mean loss of the members for inputs that none of them has seen."""
     x, y = (t.expand(num_models, *t.shape) for t in minibatch(num_models, 0))
-    return losses_of(params, x.to(device), y.to(device)).mean().item()
+    return losses_of(params, x, y).mean().item()
 
 
-params, optimizer = begin(range(num_models), device)
+params, optimizer = begin(range(num_models), "cpu", torch.float64)
 undisturbed = [test_loss(params)]
 for step in range(1, num_steps + 1):
-    train_step(params, optimizer, range(num_models), step, device)
+    train_step(params, optimizer, range(num_models), step)
     undisturbed.append(test_loss(params))
 resumed = {name: stacks[num_steps][name] for name in params}
 message = "the resumed training ends with other members. {}".format
