@@ -124,7 +124,8 @@ optimizer.step()
 # Both give the gradients of a loop
 # ---------------------------------
 #
-# The loop knows nothing of ``vmap``. In float64 rounding is far below any mistake.
+# The loop knows nothing of ``vmap``. In float64, here on the CPU, rounding is far below
+# any mistake.
 
 
 def loop(params, buffers, x, y):
@@ -143,8 +144,8 @@ def grad_in_chunks(params, buffers, x, y, chunk_size):
     return vmap(grad(loss), chunk_size=chunk_size)(params, buffers, x, y)
 
 
-double = {name: p.detach().double() for name, p in params.items()}
-double = double, buffers, x.double(), y
+double = {k: p.detach().to("cpu", torch.float64) for k, p in params.items()}
+double = double, buffers, x.to("cpu", torch.float64), y.cpu()
 expected = loop(*double)
 for way in grad_in_chunks, backward_in_chunks:
     found = way(*double, chunk_size=2)
@@ -182,16 +183,18 @@ def stack_one_at_a_time(make_model, num_models):
 #
 # PyTorch's allocator knows every byte that it hands out, including what an operator
 # needs only while it runs. On an NVIDIA GPU it keeps statistics; on a CPU the profiler
-# records each change.
+# records each change. On a GPU, a backward pass has a thread of its own, which may free
+# memory after the call has returned; so here it has to use the thread of the call.
 
 
 def peak_mb(call):
     """Most memory in use during call() above that before, in millions of bytes."""
     if device.type == "cuda":
-        call()  # in the first call, libraries take workspaces that they keep
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
+        with torch.autograd.set_multithreading_enabled(False):
+            call()  # in the first call, libraries take workspaces that they keep
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     changes = [e["args"]["Bytes"] for e in trace(call) if e["name"] == "[memory]"]
     return max(accumulate(changes, initial=0)) / 1e6
@@ -200,7 +203,10 @@ def peak_mb(call):
 def trace(call):
     """What the profiler records during call(), in order of time."""
     cpu = [ProfilerActivity.CPU]
-    with profile(activities=cpu, profile_memory=True, acc_events=True) as record:
+    with (
+        torch.autograd.set_multithreading_enabled(False),
+        profile(activities=cpu, profile_memory=True, acc_events=True) as record,
+    ):
         call()
     with TemporaryDirectory() as folder:
         record.export_chrome_trace(f"{folder}/trace.json")
