@@ -239,11 +239,12 @@ fig.set_label(
 # The three costs, from all cells of the map by least squares of the relative error; a
 # negative cost becomes zero. The size at the top of this page is not in the map.
 
-sizes = torch.tensor([[1, n, n * b] for n, b in grid], dtype=torch.float64)
-size = torch.tensor([1, num_models, num_models * batch], dtype=torch.float64)
+double = {"device": "cpu", "dtype": torch.float64}
+sizes = torch.tensor([[1, n, n * b] for n, b in grid], **double)
+size = torch.tensor([1, num_models, num_models * batch], **double)
 for side, (way, new) in enumerate([("loop", loop_time), ("vmap", vmap_time)]):
-    times = torch.tensor([pair[side].median for pair in grid.values()]).double()
-    one = torch.ones(len(times), 1, dtype=torch.float64)
+    times = torch.tensor([pair[side].median for pair in grid.values()], **double)
+    one = torch.ones(len(times), 1, **double)
     cost = torch.linalg.lstsq(sizes / times[:, None], one).solution[:, 0].clamp(min=0)
     call, model, sample = (1e6 * cost).tolist()
     print(f"{way}: {call:.1f} us a call, {model:.2f} a model, {sample:.3f} a sample")
