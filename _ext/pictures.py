@@ -7,9 +7,7 @@ messengers are drawn only where the site's address is known: they need a full on
 """
 
 import base64
-import textwrap
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import matplotlib
 from docutils import nodes
@@ -20,7 +18,6 @@ import runner
 from _ext import gallery, recordings
 
 STATIC = runner.ROOT / "_static"
-CARD = (1200, 630)
 
 
 def picture_of(app, tutorial):
@@ -54,48 +51,25 @@ def thumbnails(app, doctree):
         thumbnail["loading"] = "lazy"
 
 
-def draw_card(title, section, picture):
-    """PNG of a card: section and title on the left, a picture on the right."""
+def card(app, docname):
+    """Draw a page's card, its picture on white; return its path below the site."""
+    tutorial = gallery.tutorial_of(docname)
+    general = STATIC / "many-small-networks.svg"
+    picture = picture_of(app, tutorial) if tutorial else general
     svg = picture.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :].replace("currentColor", runner.INK_LIGHT)
     data = base64.b64encode(svg.encode()).decode()
-    lines = textwrap.wrap(title, 19)
-    rows = "".join(
-        f'<text x="60" y="{250 + 58 * row}" font-size="46" font-weight="bold">'
-        f"{escape(line)}</text>"
-        for row, line in enumerate(lines[:5])
+    drawing = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="630">'
+        '<rect width="1200" height="630" fill="white"/><image x="40" y="40" '
+        f'width="1120" height="550" href="data:image/svg+xml;base64,{data}"/></svg>'
     )
-    width, height = CARD
-    card = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'font-family="DejaVu Sans" fill="{runner.INK_LIGHT}">'
-        f'<rect width="{width}" height="{height}" fill="white"/>'
-        f'<rect width="16" height="{height}" fill="{runner.COLORS[0]}"/>'
-        f'<text x="60" y="100" font-size="28" fill="{runner.COLORS[0]}">'
-        f'{escape(section)}</text>{rows}<text x="60" y="570" font-size="26">'
-        "Many Models, One Call</text>"
-        f'<image x="620" y="110" width="560" height="410" '
-        f'href="data:image/svg+xml;base64,{data}"/></svg>'
-    )
-    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    return bytes(
-        svg_to_bytes(
-            svg_string=card, font_dirs=[str(fonts)], skip_system_fonts=True, dpi=96
-        )
-    )
-
-
-def card(app, docname):
-    """Draw a page's card; return its path below the built site."""
-    section = "Ensembles of neural networks with torch.func.vmap"
-    picture = STATIC / "many-small-networks.svg"
-    if tutorial := gallery.tutorial_of(docname):
-        section = tutorial.split("/")[0].capitalize()
-        picture = picture_of(app, tutorial)
+    fonts = str(Path(matplotlib.get_data_path(), "fonts", "ttf"))  # the figures' own
+    png = svg_to_bytes(svg_string=drawing, font_dirs=[fonts], skip_system_fonts=True)
     name = f"_images/card-{docname.replace('/', '-')}.png"
     path = Path(app.outdir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(draw_card(app.env.titles[docname].astext(), section, picture))
+    path.write_bytes(bytes(png))
     return name
 
 
