@@ -61,11 +61,16 @@ def card(app, docname):
     data = base64.b64encode(svg.encode()).decode()
     drawing = (
         '<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="630">'
-        '<rect width="1200" height="630" fill="white"/><image x="40" y="40" '
-        f'width="1120" height="550" href="data:image/svg+xml;base64,{data}"/></svg>'
+        '<rect width="1200" height="630" fill="white"/>'
+        '<text x="40" y="600" font-family="DejaVu Sans" font-size="26">'
+        f"{app.config.project}</text>"
+        '<image x="40" y="20" width="1120" height="540" '
+        f'href="data:image/svg+xml;base64,{data}"/></svg>'
     )
+    # Without text of its own the drawing loads no fonts, and its figure has none.
     fonts = str(Path(matplotlib.get_data_path(), "fonts", "ttf"))  # the figures' own
-    png = svg_to_bytes(svg_string=drawing, font_dirs=[fonts], skip_system_fonts=True)
+    options = {"font_dirs": [fonts], "skip_system_fonts": True, "dpi": 96}
+    png = svg_to_bytes(svg_string=drawing, **options)
     name = f"_images/card-{docname.replace('/', '-')}.png"
     path = Path(app.outdir, name)
     path.parent.mkdir(parents=True, exist_ok=True)

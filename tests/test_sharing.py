@@ -40,6 +40,7 @@ def test_pages_have_an_address_and_a_card(shared):
     picture = tags["og:image"].removeprefix(f"{ADDRESS}/")
     with Image.open(shared / "_build" / "html" / picture) as image:
         assert image.size == (1200, 630)
+        assert image.convert("L").getextrema()[0] < 100, "nothing is drawn"
     assert "alpha" in picture, "each page has its own"
     assert tags["og:image:alt"] == "alpha"
 
