@@ -131,14 +131,14 @@ def evaluate(params, x, y):
 #
 # The plain way keeps a list of pairs, a model and its optimizer. It decides by itself
 # who copies whom, with ``copy.deepcopy``, and takes over only the random settings. Two
-# populations of eight, four generations of five steps, in float64:
+# populations of eight, four generations of five steps, in float64 on the CPU:
 
 num_models, size, length, num_steps = 16, 8, 5, 20
 rates = torch.logspace(-4, -1, size).repeat(2)
-settings = torch.stack([rates, torch.rand(num_models)]).double().to(device)
-rows = torch.randint(len(x_train), (num_steps, num_models, 64)).to(device)
-models = [make_model().double().to(device) for _ in range(num_models)]
-data64 = x_train.double(), y_train, x_val.double(), y_val
+settings = torch.stack([rates, torch.rand(num_models)]).cpu().double()
+rows = torch.randint(len(x_train), (num_steps, num_models, 64))
+models = [make_model().cpu().double() for _ in range(num_models)]
+data64 = x_train.cpu().double(), y_train.cpu(), x_val.cpu().double(), y_val.cpu()
 
 params, _ = stack_module_state(models)  # copies; the models stay as they are
 optimizer = torch.optim.AdamW(params.values(), lr=1, weight_decay=0)
@@ -315,7 +315,7 @@ print(f"an exchange every {length} steps takes {share:.0%} of the time")
 
 params, _ = stack_module_state(models)
 optimizer = torch.optim.AdamW(params.values(), lr=1)
-bias, source = params["2.bias"], torch.arange(len(models), device=device).roll(1)
+bias, source = params["2.bias"], torch.arange(len(models)).roll(1)
 try:
     bias.copy_(bias[source])
 except RuntimeError as problem:
