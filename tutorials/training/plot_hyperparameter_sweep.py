@@ -80,7 +80,8 @@ def train(params, optimizer, schedule, decays, rows, x, y):
 
 
 # %%
-# Six models, 50 steps of a cosine schedule on real handwritten digits, in float64:
+# Six models, 50 steps of a cosine schedule on real handwritten digits, in float64 on
+# the CPU:
 
 digits = load_digits()
 order = torch.randperm(len(digits.target))
@@ -90,17 +91,17 @@ x_train, x_val, x_test = images.split([897, 450, 450])  # [897, 64], ...
 y_train, y_val, y_test = labels.split([897, 450, 450])
 
 num_models, num_steps = 6, 50
-rates = torch.logspace(-4, -1, num_models).double().to(device)
-decays = torch.linspace(0, 1, num_models).double().to(device)
+rates = torch.logspace(-4, -1, num_models).cpu().double()
+decays = torch.linspace(0, 1, num_models).cpu().double()
 cosine = (1 + torch.linspace(0, math.pi, num_steps + 1)[:-1].cos()) / 2
 schedule = cosine.to(rates)[:, None] * rates  # [50, 6]
-rows = torch.randint(len(x_train), (num_steps, num_models, 64)).to(device)
+rows = torch.randint(len(x_train), (num_steps, num_models, 64))
 
-models = [make_model().double().to(device) for _ in range(num_models)]
+models = [make_model().cpu().double() for _ in range(num_models)]
 params, _ = stack_module_state(models)  # copies; the models stay as they are
 optimizer = torch.optim.AdamW(params.values(), lr=1, weight_decay=0)
-x = x_train.double()
-losses = train(params, optimizer, schedule, decays, rows, x, y_train)
+x, y = x_train.cpu().double(), y_train.cpu()
+losses = train(params, optimizer, schedule, decays, rows, x, y)
 print("last losses:", *[f"{loss:.3f}" for loss in losses])
 
 # %%
@@ -141,7 +142,7 @@ def apart(model, params, i):
 distances = []
 for i, model in enumerate(copy.deepcopy(models)):
     single = torch.optim.AdamW(model.parameters(), weight_decay=decays[i].item())
-    loss = train_alone(model, single, schedule[:, i], rows[:, i], x, y_train)
+    loss = train_alone(model, single, schedule[:, i], rows[:, i], x, y)
     distances += [apart(model, params, i), (loss - losses[i]).abs()]
 
 worst = torch.stack(distances).max()
@@ -305,21 +306,21 @@ def adam_step(params, first, second, setting, t, x, y):
 # Four of them, and a ``torch.optim.Adam`` for each:
 
 betas = [[0.0, 0.9], [0.5, 0.99], [0.9, 0.999], [0.95, 0.9999]]
-beta1, beta2 = torch.tensor(betas, device=device, dtype=torch.float64).T
+beta1, beta2 = torch.tensor(betas, device="cpu", dtype=torch.float64).T
 rates = torch.logspace(-4, -1, 4).to(beta1)
 params, _ = stack_module_state(models[:4])
 params = {name: p.detach() for name, p in params.items()}
 zeros = {name: torch.zeros_like(p) for name, p in params.items()}
 state = params, zeros, zeros
 each_member = vmap(adam_step, in_dims=(0, 0, 0, 0, None, 0, 0))
-rows = rows[:num_steps, :4]
+rows = rows[:num_steps, :4].cpu()
 for t, row in enumerate(rows, start=1):
-    state = each_member(*state, (rates, beta1, beta2), t, x[row], y_train[row])
+    state = each_member(*state, (rates, beta1, beta2), t, x[row], y[row])
 
 distances = []
 for i, model in enumerate(copy.deepcopy(models[:4])):
     single = torch.optim.Adam(model.parameters(), betas=betas[i])
-    train_alone(model, single, rates[i].expand(num_steps), rows[:, i], x, y_train)
+    train_alone(model, single, rates[i].expand(num_steps), rows[:, i], x, y)
     distances.append(apart(model, state[0], i))
 
 worst = torch.stack(distances).max()
@@ -343,7 +344,7 @@ row = rows[0]
 for kind in (torch.optim.SGD, torch.optim.Adam):
     params, _ = stack_module_state(models[:4])
     before = params["2.bias"].detach().clone()
-    (rates * vmap(loss_of)(params, x[row], y_train[row])).sum().backward()
+    (rates * vmap(loss_of)(params, x[row], y[row])).sum().backward()
     kind(params.values(), lr=1).step()
     moved = (params["2.bias"] - before).abs().mean(dim=1)
     print(f"{kind.__name__:4}", *[f"{m:.1e}" for m in moved.tolist()])
