@@ -31,7 +31,7 @@ torch.manual_seed(0)
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
 where = f"{device.type.upper()}, float32"
-print(f"{where}, scores in float64 on the CPU, torch {torch.__version__}")
+print(f"{where}, scores in float64, torch {torch.__version__}")
 
 # %%
 # Score a prediction
