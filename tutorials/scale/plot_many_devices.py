@@ -320,8 +320,8 @@ fig.set_label(
 # The mistake: one DistributedDataParallel for all members
 # --------------------------------------------------------
 #
-# It is the tool for *one* model on many devices. Here each of two processes, on the CPU,
-# wraps a member with a seed and minibatches of its own:
+# It is the tool for *one* model on many devices. Here two processes, on the CPU, each
+# wrap a member with a seed and minibatches of its own:
 
 
 def train_wrapped(num_steps):
