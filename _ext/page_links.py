@@ -13,7 +13,11 @@ logger = logging.getLogger(__name__)
 
 # Headings that have another name now: page -> {old id: id of the heading that answers
 # it now, on this page}. Where another page does, "next", which links to it.
-MOVED = {}
+MOVED = {
+    "auto_tutorials/speed/plot_what_vmap_runs": {
+        "large-results-need-fresh-memory": "on-a-cpu-large-results-need-fresh-memory",
+    },
+}
 
 
 def link_pages(app, doctree, docname):
