@@ -34,20 +34,28 @@ def test_is_self_contained(tutorial):
     assert "runner" not in text
 
 
-def header(statement):
-    """Source of a statement without the statements inside it."""
-    inner = getattr(statement, "body", [])
-    text = ast.unparse(statement)
-    return text.partition(ast.unparse(inner[0]))[0] if inner else text
+def own_nodes(statement):
+    """Nodes of a statement without those of statements inside it."""
+    for child in ast.iter_child_nodes(statement):
+        if not isinstance(child, ast.stmt):
+            yield child
+            yield from own_nodes(child)
 
 
 def test_float64_stands_on_the_cpu(tutorial):
-    """An Apple GPU has no float64: a proof in double runs on the CPU, and says so."""
-    for node in ast.walk(ast.parse(tutorial.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.stmt):
-            said = header(node).replace("torch.finfo(torch.float64)", "")
-            double = "float64" in said or ".double()" in said
-            assert not double or "cpu" in said, f"{tutorial}:{node.lineno}: {said}"
+    """An Apple GPU has no float64: a proof in double runs on the CPU, and says so.
+
+    x.to("cpu", torch.float64) fails there (pytorch#197715), x.cpu().double() does not.
+    """
+    for statement in ast.walk(ast.parse(tutorial.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.stmt):
+            nodes = list(own_nodes(statement))
+            said = "\n".join(ast.unparse(node) for node in nodes)
+            names = [getattr(node, "attr", "") for node in nodes]
+            double = ("float64" in names and "finfo" not in names) or "double" in names
+            place = f"{tutorial}:{statement.lineno}"
+            assert not double or "cpu" in said, place
+            assert ".to('cpu', torch.float64)" not in said, place
 
 
 def test_every_block_of_python_in_prose_is_known_to_the_engine(tutorial):

@@ -228,7 +228,7 @@ print(f"their parameters {'agree in every bit' if equal else 'differ in last bit
 # PyTorch's ``CommDebugMode``). It is as large as the prediction of one member, for any
 # number of members:
 
-x = minibatch(num_models, 0)[0].to("cpu", torch.float64)
+x = minibatch(num_models, 0)[0].cpu().double()
 probabilities = forward(whole, x, in_dims=(0, None)).softmax(dim=-1).mean(dim=0)
 _, reduced = results[-1]  # [32, 10], of the last process
 off = (reduced - probabilities).abs().max()

@@ -68,7 +68,7 @@ def tolerance(looped, num_layers, longest_sum, u=None):
     return 2 * relative * looped.abs().max().item()
 
 
-in64 = [tensor.to("cpu", torch.float64) for tensor in (x, *state)]
+in64 = [tensor.cpu().double() for tensor in (x, *state)]
 looped, vectorized = plain_loop(*in64), one_call(*in64)
 distance, largest = (vectorized - looped).abs().max(), looped.abs().max()
 print(f"float64: {distance:.1e} apart, the largest logit is {largest:.0f}")
@@ -176,7 +176,7 @@ for state, params in states.items():
         b = vmap(predict, in_dims=(0, None))(stacked, x)
         key = state, name
         pairs[key], limits[key] = (a, b), tolerance(a, 4, 9216, u)
-        apart = a.to("cpu", torch.float64) - b.cpu()
+        apart = a.cpu().double() - b.cpu()
         distances[key] = apart.abs().max().item()
         fixed = torch.allclose(a, b, atol=1e-6, rtol=1e-6)
         print(f"{state:8} {name:9} {a.abs().max():8.2f}   {distances[key]:.1e}", end="")
@@ -219,8 +219,8 @@ print(f"float64: {error:.1e} apart, so loop and vmap are the same function")
 
 def moves(params, name):
     """How far wrong weights move the logits, without those that move none."""
-    member = {n: p[0].detach().to("cpu", torch.float64) for n, p in params.items()}
-    x = images.to("cpu", torch.float64)
+    member = {n: p[0].detach().cpu().double() for n, p in params.items()}
+    x = images.cpu().double()
     right, results = predict(member, x), []
     for i in torch.randint(member[name].numel(), (48,)).tolist():
         wrong = member[name].clone()
@@ -327,7 +327,7 @@ def train(way, place, dtype, move=0.0):
         losses.sum().backward()
         optimizer.step()
     weights = torch.cat([p.detach().flatten() for p in params.values()])
-    return weights.to("cpu", torch.float64)
+    return weights.cpu().double()
 
 
 # %%

@@ -125,7 +125,7 @@ def train_step(params, optimizer, rates, x, target):
 # %%
 # The check to keep, in float64 on the CPU: together and alone, networks train alike.
 
-few = [model.to("cpu", torch.float64) for model in make_models(3)]
+few = [model.cpu().double() for model in make_models(3)]
 rates = torch.tensor([0.002, 0.02, 0.2], dtype=torch.float64, device="cpu")
 params, _ = stack_module_state(few)
 optimizer = torch.optim.Adam(params.values(), lr=1, fused=True)

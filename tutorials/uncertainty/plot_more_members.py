@@ -130,8 +130,8 @@ def train(models, images, labels, own_rows, draws, rate):
 # %%
 # The check to keep, in float64 on the CPU: together and alone, members train alike.
 
-few = [copy.deepcopy(model).to("cpu", torch.float64) for model in small[:3]]
-x64, y, own = images.to("cpu", torch.float64), labels.cpu(), train_rows[:3].cpu()
+few = [copy.deepcopy(model).cpu().double() for model in small[:3]]
+x64, y, own = images.cpu().double(), labels.cpu(), train_rows[:3].cpu()
 draws = torch.randint(3500, (20, 3, 64))
 params = train(few, x64, y, own, draws, rate=0.04)
 with torch.no_grad():
@@ -162,7 +162,7 @@ def probs_of(models, rates):
         params = train(models, images, labels, own_rows, draws, rate)
         with torch.no_grad():
             logits = vmap(predict, in_dims=(0, None))(params, images)
-        probs = logits.to("cpu", torch.float64).softmax(dim=-1)
+        probs = logits.cpu().double().softmax(dim=-1)
         found.append(probs.unflatten(0, (num_folds, count)))
     found = torch.stack(found)
     for rows in (test_rows.cpu(), val_rows.cpu()):

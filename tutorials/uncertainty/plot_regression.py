@@ -176,9 +176,9 @@ fig.set_label(
 # in float64 on the CPU. Alone they use ``F.gaussian_nll_loss``.
 
 # of four data sets
-few = [copy.deepcopy(model).to("cpu", torch.float64) for model in models[::50]]
+few = [copy.deepcopy(model).cpu().double() for model in models[::50]]
 data = x[whose[::50]], y[whose[::50]], x_test
-x64, y64, at64 = (t.to("cpu", torch.float64) for t in data)
+x64, y64, at64 = (t.cpu().double() for t in data)
 stack, _ = stack_module_state(few)
 train(stack, x64, y64, steps=20)
 for model, own_x, own_y in zip(few, x64, y64, strict=True):

@@ -162,14 +162,14 @@ def predict(skeleton, params, x):
 
     params = {name: p.unflatten(0, (-1, len(x))) for name, p in params.items()}
     every = vmap(vmap(one), in_dims=(0, None))
-    return every(params, x).to("cpu", torch.float64).softmax(-1)
+    return every(params, x).cpu().double().softmax(-1)
 
 
 # %%
 # The check, in float64 on the CPU: together and alone, a model trains alike.
 
-models = [cnn(8).to("cpu", torch.float64) for _ in range(4)]  # 2 members, 2 folds
-x64, y64, rows = x.to("cpu", torch.float64), y.cpu(), torch.randint(5000, (20, 4, 32))
+models = [cnn(8).cpu().double() for _ in range(4)]  # 2 members, 2 folds
+x64, y64, rows = x.cpu().double(), y.cpu(), torch.randint(5000, (20, 4, 32))
 parts = x64[:100].view(2, 50, 1, 28, 28)  # [fold, image, 1, 28, 28]
 together = predict(*train(models, x64, y64, rows, 0.01), parts)
 skeleton, params = train(models[1:2], x64, y64, rows[:, 1:2], 0.01)
