@@ -17,6 +17,7 @@ Before you start: ``plot_ensembling.py`` explains ``vmap`` and ``functional_call
 # Set-up
 # ------
 
+import math
 import warnings
 from functools import partial
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 cpu = torch.device("cpu")
@@ -111,12 +112,33 @@ for way, result in results.items():
 # device, expect a flatter line. An accelerator is timed in float32.
 
 
-def in_turns(*functions):
-    """One ``Measurement`` for each function; they take turns, so drift hits all."""
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turns = [[t.blocked_autorange(min_run_time=0.02) for t in timers] for _ in range(5)]
-    return [Measurement.merge(turn)[0] for turn in zip(*turns, strict=True)]
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
 inputs, outputs = 64, [8, 16, 32, 64, 128, 256, 512]
@@ -125,19 +147,20 @@ bits = "float64" if device == cpu else "float32"
 timed = {"device": device, "dtype": getattr(torch, bits)}
 batch = torch.randn(size, inputs, **timed)
 middle = [nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()]
-ratios = []
+ratios, wins = [], []
 for m in outputs:
     deep = nn.Sequential(nn.Linear(inputs, hidden), *middle, nn.Linear(hidden, m))
     deep.to(**timed).requires_grad_(False)
     ways = [partial(vmap(jacobian(deep)), batch) for jacobian in (jacrev, jacfwd)]
-    back, forth = in_turns(*ways)
-    ratios.append(back.median / forth.median)
-    winner = "jacrev" if ratios[-1] < 1 else "jacfwd"
-    a, b = (f"{t.median * 1e3:6.1f} ({t.iqr * 1e3:.1f})" for t in (back, forth))
-    print(f"{m:3} outputs: jacrev {a}, jacfwd {b} ms: {winner}")
+    forth, back = in_turns(*ways[::-1])
+    ratios.append(1 / back[1])
+    wins.append((back[2] > 1.02) - (back[3] < 0.98))  # -1: jacfwd, 0: not known
+    a, b = (f"{way[0] * 1e3:5.1f}" for way in (back, forth))
+    print(f"{m:3} outputs: jacrev {a} ms, jacfwd {b} ms, jacrev {said(*back[1:])}")
 
 # %%
-# Medians of five turns and, in brackets, the distance of their quartiles.
+# Warm, each time the median of at least seven turns; brackets hold the interval of the
+# ratio.
 
 fig, ax = plt.subplots(layout="constrained")
 counted = [m / inputs for m in outputs]
@@ -153,8 +176,14 @@ ax.set_title(f"Jacobian of an MLP, {inputs} inputs, {bits}\n{name}")
 ax.set_xlabel("outputs / inputs")
 ax.set_ylabel("time of jacrev / time of jacfwd")
 ax.legend()
-right = sum((r < 1) == (c < 1) for r, c in zip(ratios, counted, strict=True) if c != 1)
-print(f"The count names the faster one in {right} of {len(counted) - 1} unequal cases.")
+told = [
+    win * (1 if c < 1 else -1) for win, c in zip(wins, counted, strict=True) if c != 1
+]
+print(
+    f"In {len(told)} unequal cases the count is right {told.count(1)} times, wrong",
+    end=" ",
+)
+print(f"{told.count(-1)} times; {told.count(0)} times no difference is seen.")
 fig.set_label(
     "Time of jacrev over that of jacfwd, against outputs over inputs: from "
     f"{ratios[0]:.2f} at {counted[0]:g} to {ratios[-1]:.2f} at {counted[-1]:g}."
@@ -320,20 +349,15 @@ ways = {
     "Hessian, jacrev(jacrev)": jacrev(jacrev(member_loss)),
 }
 x, y, theta, v = (t.to(**timed) for t in (x, y, theta, v))
-times = in_turns(*[partial(vmap(way), theta) for way in ways.values()])
-for way, t in zip(ways, times, strict=True):
-    cost = f"{t.median / times[0].median:5.1f} gradients"
-    print(f"{way:23} {t.median * 1e3:6.1f} ms ({t.iqr * 1e3:.1f}), {cost}")
+calls = [partial(vmap(way), theta) for way in ways.values()]
+for name_of_way, (seconds, gain, *_) in zip(ways, in_turns(*calls), strict=True):
+    print(f"{name_of_way:23} {seconds * 1e3:6.1f} ms, {1 / gain:5.1f} gradients")
 
-_, vjp_time, jvp_time, jacfwd_time, jacrev_time = times
-pairs = {"product": (jvp_time, vjp_time), "Hessian": (jacfwd_time, jacrev_time)}
-for kind, (forth, back) in pairs.items():
-    words = f"takes {forth.median / back.median:.1f}x the time of backward twice"
-    if abs(forth.median - back.median) <= max(forth.iqr, back.iqr):
-        words = "takes about as long as backward twice"
-    print(f"{kind}: forward mode {words}")
-price = jacfwd_time.median / vjp_time.median
-print(f"the Hessian costs as much as {price:.0f} products, not {theta.shape[1]}")
+for kind, (back, forth) in {"product": calls[1:3], "Hessian": calls[:2:-1]}.items():
+    _, (_, *gain) = in_turns(back, forth)
+    print(f"{kind}: forward over backward against backward twice: {said(*gain)}")
+_, (_, gain, *_) = in_turns(calls[1], calls[3])
+print(f"the Hessian costs as much as {1 / gain:.0f} products, not {theta.shape[1]}")
 
 # %%
 # **Where the Hessian costs less than 226 products**, because its vectors share calls,

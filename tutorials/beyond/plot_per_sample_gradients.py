@@ -21,6 +21,7 @@ Before you start: the `PyTorch basics
 # Handwritten digits of 8 by 8 pixels and a small network:
 
 import copy
+import math
 
 import matplotlib.pyplot as plt
 import torch
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call, grad, vmap
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 cpu = torch.device("cpu")
@@ -84,8 +85,8 @@ for name, g in gradients.items():
 # Keep this check in your own project: some samples, one after the other with an
 # ordinary ``backward``, in float64 on the CPU, where rounding is far below any mistake.
 
-model64 = copy.deepcopy(model).to("cpu", torch.float64)
-x64, y64 = x.to("cpu", torch.float64), y.cpu()
+model64 = copy.deepcopy(model).cpu().double()
+x64, y64 = x.cpu().double(), y.cpu()
 params64 = {name: p.detach() for name, p in model64.named_parameters()}
 buffers64 = dict(model64.named_buffers())
 gradients64 = every_gradient(params64, buffers64, x64, y64)
@@ -222,46 +223,62 @@ def norms_by_loop(model, x, y):
     return torch.stack(norms)
 
 
-def in_turns(*functions, rounds=5):
-    """One ``Measurement`` for each function; they take turns, so drift hits all."""
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turn = [t.blocked_autorange for t in timers]
-    values = [[run(min_run_time=0.02) for run in turn] for _ in range(rounds)]
-    return [Measurement.merge(column)[0] for column in zip(*values, strict=True)]
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
 # %%
-# The norms of 512 samples. Five turns each, every turn with a call to warm up. Beside
-# the times: the gradients that exist at once. (The peak of ``vmap`` is up to twice as
-# high, since squares are a second copy; the formula holds activations and their
-# gradients instead, and both are tested.)
+# The norms of 512 samples, warm: medians of at least seven turns, with the interval of
+# the ratio in brackets. Beside the times: the gradients that exist at once. (The peak
+# of ``vmap`` is up to twice as high, since squares are a second copy; the formula holds
+# activations and their gradients instead, and both are tested.)
 
-chunks = [4, 16, 64, 256, 512]
-loop, formula, *chunked = times = in_turns(
-    lambda: norms_by_loop(model, x, y),
-    lambda: losses_and_norms(model, x, y),
+chunks = [4, 16, 64, 256]
+times = in_turns(
+    lambda: norms_by_vmap(params, buffers, x, y, 512),
     *[lambda k=k: norms_by_vmap(params, buffers, x, y, k) for k in chunks],
+    lambda: losses_and_norms(model, x, y),
+    lambda: norms_by_loop(model, x, y),
+    seconds=3.0,
 )
 
-names = ["loop", "formula", *(f"chunk_size={k}" for k in chunks)]
+names = ["chunk_size=512", *(f"chunk_size={k}" for k in chunks), "formula", "loop"]
 one = sum(p.nbytes for p in params.values()) / 1e6
-print("way        gradients [MB]  median [ms]  between quartiles [ms]")
-for way, held, t in zip(names, [1, 0, *chunks], times, strict=True):
-    print(f"{way:14} {held * one:10.2f} {t.median * 1e3:12.2f} {t.iqr * 1e3:14.2f}")
-best, k = min(zip(chunked, chunks, strict=True), key=lambda pair: pair[0].median)
-whole = chunked[-1]
-if whole.median - best.median <= max(whole.iqr, best.iqr):  # no clear difference
-    best, k = whole, chunks[-1]
-for name, t in {"loop": loop, "formula": formula}.items():
-    ratio = t.median / best.median
-    verdict = f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}"
-    print(f"vmap with chunk_size={k} is {verdict} than the {name}")
+print("way        gradients [MB]  median [ms]  against chunk_size=512")
+for way, held, t in zip(names, [512, *chunks, 0, 1], times, strict=True):
+    against = said(*t[1:]) if way != names[0] else ""
+    print(f"{way:14} {held * one:10.2f} {t[0] * 1e3:12.2f}  {against}")
 
 # %%
 # The smallest chunks may be slower than the loop: each call pays for the work of
-# ``vmap`` itself. **If 512 is named**, no smaller chunk is clearly faster: split only
-# when memory runs out. **If a smaller one is**, large tensors have their price, and
-# chunks save time and memory together. **Measure your own CNN**: for a convolution,
+# ``vmap`` itself. **If no smaller chunk is faster** than all 512 samples at once, split
+# only when memory runs out. **If one is**, chunks save time and memory together.
+# **Measure your own CNN**: for a convolution,
 # Opacus found that ``vmap`` took 4 times as long as its own hooks on a T4 GPU, and half
 # as long on an A100 (`opacus#497 <https://github.com/meta-pytorch/opacus/pull/497>`_,
 # 2022).

@@ -141,7 +141,7 @@ for own in [own for rank in range(3) for own in rounds_of(7, rank, 3, at_once=2)
     trained += mine["0.weight"].detach()
 alone = []
 for i in range(7):
-    model = mlp().to("cpu", torch.float64)
+    model = mlp().cpu().double()
     model.load_state_dict({name: p[i] for name, p in params.items()})
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(10):
@@ -197,7 +197,7 @@ print(f"projected: {memory // (state + working):,.0f} fit into {memory / 1e9:.0f
 # ranges) of five turns after a warm-up, float32.
 
 
-def in_turns(*functions):
+def time_each(*functions):
     """A ``Measurement`` of each; they take turns, so drift hits all alike."""
     timers = [Timer("f()", globals={"f": f}, num_threads=1) for f in functions]
     turns = [[t.blocked_autorange(min_run_time=0.05) for t in timers] for _ in range(5)]
@@ -212,7 +212,7 @@ def prepare(num_models):
 
 
 counts = [1, large // 10, large, 4 * large]
-one, tenth, many, four = times = in_turns(*map(prepare, counts))
+one, tenth, many, four = times = time_each(*map(prepare, counts))
 for size, time in zip(counts, times, strict=True):
     ms = f"{time.median * 1e3:.2f} ms a step ({time.iqr * 1e3:.2f})"
     each = f"{time.median / size * 1e6:.1f} us a member"

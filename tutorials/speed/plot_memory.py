@@ -23,6 +23,7 @@ plain loop over members needs about as little as the smallest chunk; chunks are 
 # ``make_model`` makes the CNN of ``plot_ensembling.py``; put yours there.
 
 import json
+import math
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 device = torch.accelerator.current_accelerator(check_available=True)
@@ -144,8 +145,8 @@ def grad_in_chunks(params, buffers, x, y, chunk_size):
     return vmap(grad(loss), chunk_size=chunk_size)(params, buffers, x, y)
 
 
-double = {k: p.detach().to("cpu", torch.float64) for k, p in params.items()}
-double = double, buffers, x.to("cpu", torch.float64), y.cpu()
+double = {k: p.detach().cpu().double() for k, p in params.items()}
+double = double, buffers, x.cpu().double(), y.cpu()
 expected = loop(*double)
 for way in grad_in_chunks, backward_in_chunks:
     found = way(*double, chunk_size=2)
@@ -277,13 +278,33 @@ assert 0.5 < measured / forecast < 2, "the forecast is off by more than a factor
 # members at a time are one call without chunks, for "backward" ``one_backward``.
 
 
-def in_turns(*functions, rounds=5):
-    """One ``Measurement`` a function; they take turns, so drift hits all alike."""
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turn = [t.blocked_autorange for t in timers]
-    values = [[measure(min_run_time=0.05) for measure in turn] for _ in range(rounds)]
-    return [Measurement.merge(column)[0] for column in zip(*values, strict=True)]
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
 ensemble = params, buffers, x, y
@@ -294,13 +315,15 @@ for k in (1, 3, num_models // 3):
 ways["grad", num_models] = lambda: grad_in_chunks(*ensemble, None)
 ways["backward", num_models] = one_backward
 peaks = {way: peak_mb(call) for way, call in ways.items()}
-times = dict(zip(ways, in_turns(*ways.values()), strict=True))
-for (name, k), time in times.items():
-    ms, spread = time.median * 1e3, time.iqr * 1e3
-    mb = peaks[name, k]
-    print(f"{name:8} {k:3} at a time: {mb:6.0f} MB {ms:6.1f} ms (spread {spread:.1f})")
-name, k = min(ways, key=lambda way: times[way].median)
-print(finding := f"Lowest median: {name}, {k} at a time, {peaks[name, k]:.0f} MB.")
+times = dict(zip(ways, in_turns(*ways.values(), seconds=5.0), strict=True))
+for way, (seconds, *gain) in times.items():
+    name, k = way
+    against = said(*gain) if name != "loop" else ""
+    row = f"{name:8} {k:3} at a time: {peaks[way]:6.0f} MB {seconds * 1e3:6.1f} ms"
+    print(row, against)
+quick = [way for way, (_, _, _, high) in times.items() if high >= 0.98]
+name, k = min(quick, key=peaks.get)
+print(finding := f"Not slower than the loop, with least memory: {name}, {k} at a time.")
 twice = num_models * max(p.nbytes for p in skeleton.parameters()) / 1e6
 print(f"all gradients, the largest twice: {num_models * one_model + twice:.0f} MB")
 
@@ -309,7 +332,7 @@ print(f"all gradients, the largest twice: {num_models * one_model + twice:.0f} M
 fig, ax = plt.subplots(layout="constrained")
 for name, style in {"loop": "s", "grad": "o-", "backward": "^--"}.items():
     here = [way for way in ways if way[0] == name]
-    ms, mb = [times[way].median * 1e3 for way in here], [peaks[way] for way in here]
+    ms, mb = [times[way][0] * 1e3 for way in here], [peaks[way] for way in here]
     ax.plot(ms, mb, style, label=name)
     for way, *dot in zip(here, ms, mb, strict=True):
         shift = (-12, -10) if name == "backward" else (4, 6)
@@ -322,11 +345,13 @@ ax.legend(title="number: members at a time")
 fig.set_label(f"Peak memory against time, a dot for each chunk size. {finding}")
 
 # %%
-# Lower left is better; differences within the spread mean nothing. "grad" in chunks
-# cannot go below the last line printed, as the chunks are concatenated at the end.
+# Medians of at least seven turns, warm; behind them each way against the loop, with the
+# interval of the ratio. Lower left is better. "grad" in chunks cannot go below the last
+# line printed, as the chunks are concatenated at the end.
 #
-# **If the loop is the fastest**, take it. **If a small chunk is**, it saves time and
-# memory together. **If all members at once are**, split only when memory runs out.
+# **If every way is slower than the loop**, take the loop. **If a small chunk is not**,
+# it saves memory without a loss of time. **If only large chunks are faster**, split no
+# further than memory asks for.
 #
 # The mistake: autograd records outside of vmap
 # ---------------------------------------------

@@ -16,6 +16,7 @@ Before you start, read ``plot_ensembling.py``.
 # Set-up
 # ------
 
+import math
 import warnings
 from collections import Counter
 from functools import partial
@@ -27,7 +28,7 @@ from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -162,28 +163,50 @@ def milliseconds(ways, rounds=5):
     return means
 
 
-def in_turns(*functions, rounds=5):
-    """One ``Measurement`` for each function; they take turns, so drift hits all."""
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    values = [[t.blocked_autorange(None, 0.05) for t in timers] for _ in range(rounds)]
-    return [Measurement.merge(column)[0] for column in zip(*values, strict=True)]
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
 # %%
-# Five timings and five profiles of each way, after a warm-up; whole calls are timed
-# without the profiler, which slows them. ``ways`` may hold your own functions:
+# Times are medians of at least seven turns, warm, with the interval of the ratio in
+# brackets; whole calls are timed without the profiler, which slows them. ``ways`` may
+# hold your own functions:
 
 ways = {"loop": loop, "vmap": one_call, "chunk_size=2": partial(one_call, chunk_size=2)}
 calls = dict(zip(ways, in_turns(*ways.values()), strict=True))
 times = milliseconds(ways)
 
-ratio = calls["vmap"].median / calls["loop"].median
-held = "holds" if ratio < 1.25 else "fails"
-print(f"The prediction {held}: vmap takes {ratio:.2f} times the loop's time.")
-print("Medians (interquartile ranges) of a call:")
-for way, call in calls.items():
-    print(f"  {way:14} {1e3 * call.median:8.2f} ms ({1e3 * call.iqr:.2f})")
+_, gain, low, high = calls["vmap"]
+held = "fails" if high < 1 / 1.25 else "holds" if low > 1 / 1.25 else "is not decided"
+print(f"The prediction {held}: vmap takes {1 / gain:.2f} times the loop's time.")
+for way, (seconds, *gain) in calls.items():
+    against = said(*gain) if way != "loop" else ""
+    print(f"  {way:14} {1e3 * seconds:8.2f} ms  {against}")
 
 # %%
 # Is the price the groups of the convolution? ``chunk_size=2`` keeps groups, two at a
@@ -210,7 +233,7 @@ bars["other operators"] = [
     t.total() - sum(t[op] for op in shown) for t in times.values()
 ]
 bars["between operators"] = [
-    max(0, 1e3 * calls[way].median - t.total()) for way, t in times.items()
+    max(0, 1e3 * calls[way][0] - t.total()) for way, t in times.items()
 ]
 
 fig, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
@@ -248,11 +271,9 @@ fig.set_label(f"Stacked bars of {', '.join(ways)}, milliseconds: {'; '.join(rows
 
 hidden = torch.randn(num_models, 64, 64, 24, 24, device=device)
 kept = torch.empty_like(hidden)
-fresh, reused = in_turns(lambda: hidden + 1, lambda: torch.add(hidden, 1, out=kept))
-costs = "costs much" if fresh.median > 1.5 * reused.median else "costs little"
-print(f"Fresh memory {costs} here. Medians (interquartile ranges) of an addition:")
-for name, run in {"fresh": fresh, "kept": reused}.items():
-    print(f"  {name:6} {1e3 * run.median:6.2f} ms ({1e3 * run.iqr:.2f})")
+reused, fresh = in_turns(lambda: torch.add(hidden, 1, out=kept), lambda: hidden + 1)
+print(f"An addition into kept memory {1e3 * reused[0]:.2f} ms,", end=" ")
+print(f"into fresh memory {1e3 * fresh[0]:.2f} ms: {said(*fresh[1:])}")
 
 # %%
 # **Where fresh memory costs much, a small** ``chunk_size`` **is the way out**: results

@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parameters_to_vector
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 cpu = torch.device("cpu")
@@ -258,26 +258,44 @@ fig.set_label(
 # the arithmetic fills the device. Forward, backward and update, warm, in float32:
 
 
-def in_turns(*functions, rounds=5):
-    """One ``Measurement`` for each function; they take turns."""
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turns = [[t.blocked_autorange() for t in timers] for _ in range(rounds)]
-    return [Measurement.merge(turn)[0] for turn in zip(*turns, strict=True)]
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
 model = make_model().to(device)
 single = torch.optim.AdamW(model.parameters(), fused=True)
-one, together = in_turns(
-    lambda: train_alone(model, single, rates[:1], rows[:1, 0], x_train, y_train),
+sweep, one = in_turns(
     lambda: train(params, optimizer, rates[None], decays, rows[:1], x_train, y_train),
+    lambda: train_alone(model, single, rates[:1], rows[:1, 0], x_train, y_train),
 )
-for name, t in (("one model", one), ("the sweep", together)):
-    print(f"{name:9} {t.median * 1e3:6.2f} ms a step, spread {t.iqr * 1e3:.2f} (iqr)")
-ratio = len(rates) * one.median / together.median
-verdict = "faster" if ratio > 1 else "slower"
+print(f"a step: one model {one[0] * 1e3:.2f} ms, the sweep {sweep[0] * 1e3:.2f} ms")
 print(f"{len(rates)} members in one call, against as many runs one after the other:")
-print(f"{max(ratio, 1 / ratio):.1f}x {verdict}")
+print(said(*(len(rates) / gain for gain in (one[1], one[3], one[2]))))
 
 # %%
 # If it is slower, one model fills your device, and separate runs are the better sweep.

@@ -19,6 +19,7 @@ Before: ``plot_hyperparameter_sweep.py`` gives each model its own learning rate.
 # ------
 
 import copy
+import math
 
 import matplotlib.pyplot as plt
 import torch
@@ -27,7 +28,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parameters_to_vector
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 cpu = torch.device("cpu")
@@ -282,12 +283,24 @@ fig.set_label(
 # all of it validation. A step and an exchange of all 256 members, warm, in float32:
 
 
-def in_turns(*functions, rounds=5):
-    """One ``Measurement`` for each function; they take turns."""
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turns = [[t.blocked_autorange() for t in timers] for _ in range(rounds)]
-    return [Measurement.merge(turn)[0] for turn in zip(*turns, strict=True)]
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
 
 
 params = {name: p.detach().clone().requires_grad_() for name, p in starts.items()}
@@ -297,10 +310,10 @@ step, swap = in_turns(
     lambda: evolve(*state, rows[:1], data, size, length),
     lambda: exchange(*state, evaluate(params, x_val, y_val), size),
 )
-for name, t in (("a step", step), ("an exchange", swap)):
-    print(f"{name:11} {t.median * 1e3:6.2f} ms, spread {t.iqr * 1e3:.2f} (iqr)")
-share = swap.median / (length * step.median + swap.median)
-print(f"an exchange every {length} steps takes {share:.0%} of the time")
+print(f"a step {step[0] * 1e3:.2f} ms, an exchange {swap[0] * 1e3:.2f} ms")
+low, share, high = (1 / (1 + length * swap[i]) for i in (3, 1, 2))  # gain: step / swap
+print(f"An exchange every {length} steps takes {share:.0%} of the time", end=" ")
+print(f"({low:.0%} to {high:.0%}).")
 
 # %%
 # That share is what a fixed population could spend on more steps. If it is large,
