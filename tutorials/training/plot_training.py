@@ -299,10 +299,8 @@ adam = partial(torch.optim.Adam, fused=True)
 for size in [1, 3, 10, 100]:
     members = [MLP().to(device) for _ in range(size)]
     own, params = torch.randint(500, (size, 32)), stack_module_state(members)[0]
-    data, weights = (
-        (x_train[own], y_train[own]),
-        [list(m.parameters()) for m in members],
-    )
+    data = x_train[own], y_train[own]
+    weights = [list(m.parameters()) for m in members]
     best, each, together = in_turns(
         partial(train_step_loop, members, adam(p for w in weights for p in w), *data),
         partial(train_step_each, members, list(map(adam, weights)), *data),
