@@ -6,20 +6,16 @@ from pages import names_of
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PAGE = names_of("speed/plot_when_vmap_pays", "mlp", "cnn")
-mlp, cnn = PAGE["mlp"], PAGE["cnn"]
-NETWORKS = pytest.mark.parametrize(
-    ("build", "shape"), [(mlp, [16]), (cnn, [1, 28, 28])], ids=["mlp", "cnn"]
-)
+mlp = names_of("speed/plot_when_vmap_pays", "mlp")["mlp"]
 
 
-def make(build, shape, num_models, batch, dtype=torch.float64):
+def make(num_models, batch, dtype=torch.float64):
     """Models, a minibatch for each, and the function for one member of the stack."""
     torch.manual_seed(0)
-    models = [build().to(dtype) for _ in range(num_models)]
-    minibatches = torch.randn(num_models, batch, *shape, dtype=dtype)
+    models = [mlp().to(dtype) for _ in range(num_models)]
+    minibatches = torch.randn(num_models, batch, 16, dtype=dtype)
     with torch.device("meta"):
-        skeleton = build()
+        skeleton = mlp()
 
     def predict(params, buffers, x):
         return functional_call(skeleton, (params, buffers), (x,), strict=True)
@@ -27,9 +23,8 @@ def make(build, shape, num_models, batch, dtype=torch.float64):
     return models, minibatches, predict
 
 
-@NETWORKS
-def test_stacking_in_the_call_changes_no_bit(build, shape):
-    models, minibatches, predict = make(build, shape, 5, 3, torch.float32)
+def test_stacking_in_the_call_changes_no_bit():
+    models, minibatches, predict = make(5, 3, torch.float32)
     inside = vmap(predict)(*stack_module_state(models), minibatches)
     params, buffers = stack_module_state(models)
     outside = vmap(predict)(params, buffers, minibatches)
@@ -38,7 +33,7 @@ def test_stacking_in_the_call_changes_no_bit(build, shape):
 
 @pytest.mark.parametrize("chunk_size", [2, 7])
 def test_chunks_that_do_not_divide_the_models_compute_the_same(chunk_size):
-    models, minibatches, predict = make(mlp, [16], num_models=5, batch=3)
+    models, minibatches, predict = make(num_models=5, batch=3)
     stack = stack_module_state(models)
     whole = vmap(predict)(*stack, minibatches)
     chunks = vmap(predict, chunk_size=chunk_size)(*stack, minibatches)
@@ -55,10 +50,9 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@NETWORKS
-def test_most_operators_that_vmap_adds_are_in_the_forward_pass(build, shape):
-    # Which is why training pays from fewer models on.
-    models, minibatches, predict = make(build, shape, num_models=1, batch=3)
+def test_most_operators_that_vmap_adds_are_in_the_forward_pass():
+    # Which is why training should pay from no more models than prediction.
+    models, minibatches, predict = make(num_models=1, batch=3)
     params, buffers = stack_module_state(models)
     predictions = [
         (lambda: models[0](minibatches[0]), models[0].parameters()),

@@ -5,10 +5,10 @@ When vmap pays: one call or a for loop
 Find out in a minute, for your own models and on your own machine, whether one call to
 ``torch.func.vmap`` is faster than a for loop over the models.
 
-**In short.** A loop pays the overhead of every operator once for each model and one
-call pays it once, so **many small models gain most, and one model alone loses**. Where
-each model already keeps the machine busy there is little to gain, and the call can be
-slower: the block below measures which case is yours.
+**In short.** A loop pays the overhead of its operators once for each model, and one
+call pays it once, so **many small models have most to gain**, and one model alone has
+nothing. Where each model already keeps the machine busy there is little to save, and
+the call can be slower: the two cells below measure which case is yours.
 
 To know before: how many models become one call, in ``plot_ensembling.py``.
 """
@@ -16,14 +16,16 @@ To know before: how many models become one call, in ``plot_ensembling.py``.
 # %%
 # Set-up
 # ------
-#
-# A small perceptron stands for your network. ``in_turns`` times functions.
+
+import copy
+import functools
+import math
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -39,22 +41,18 @@ def mlp(width=32):
     return nn.Sequential(*layers, nn.Linear(width, 1))
 
 
-def in_turns(*functions):  # so that what slows the machine slows all; five values each
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turns = [[t.blocked_autorange(min_run_time=0.01) for t in timers] for _ in range(5)]
-    return [Measurement.merge(values)[0] for values in zip(*turns, strict=True)]
-
-
 # %%
 # Measure it for your own models
 # ------------------------------
 #
-# Put your network in place of ``mlp``, and your number of models, batch size and shape
-# of one input into the line above the verdict. Each model has its own minibatch.
+# Copy the imports and two cells. Put your number of models, batch size and shape of one
+# input into the first line, and your network in place of ``mlp`` in the second cell.
+# Each model has its own minibatch.
+
+num_models, batch, shape = 100, 32, [16]
 
 
-def compare(build, num_models, batch, shape, chunk_size=None):
+def compare(build, num_models, batch, shape, seconds=1.0):
     models = [build().to(device).eval() for _ in range(num_models)]
     params, buffers = stack_module_state(models)  # once, outside of what is timed
     minibatches = torch.randn(num_models, batch, *shape, device=device)
@@ -70,63 +68,113 @@ def compare(build, num_models, batch, shape, chunk_size=None):
 
     @torch.no_grad()
     def one_call():
-        return vmap(predict, chunk_size=chunk_size)(params, buffers, minibatches)
+        return vmap(predict)(params, buffers, minibatches)
 
     torch.testing.assert_close(one_call(), loop())
-    return in_turns(loop, one_call)
+    return in_turns(loop, one_call, seconds=seconds)
 
-
-num_models, batch, shape = 100, 32, [16]
-loop_time, vmap_time = compare(mlp, num_models, batch, shape)
-ratio = loop_time.median / vmap_time.median
-print(f"vmap is {max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}")
-print(f"loop {1e3 * loop_time.median:.2f} ms, vmap {1e3 * vmap_time.median:.2f} ms")
 
 # %%
-# That was a forward pass in evaluation mode, in IEEE float32, without autograd; the
-# timer warms up itself. **If vmap is slower**, look for the reason among those below;
-# networks that fill the machine run fastest in a compiled loop
-# (``plot_fastest_ensemble.py``).
-#
-# **The rule of thumb**: divide the loop's time by the number of models and of layers.
+# The clock takes turns, so that what slows the machine slows both ways.
 
-us = 1e6 * loop_time.median / num_models
-layers = sum(not list(m.children()) for m in mlp().modules())
-print(f"loop: {us:.0f} us a model, {us / layers:.1f} us for each of {layers} layers")
+
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
+
+
+(loop, *_), (call, *gain) = compare(mlp, num_models, batch, shape)
+print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 
 # %%
-# So tiny a layer is nearly all overhead. Near this time a layer, one call removes most
-# of it; at ten times as much, the machine mostly computes, and little is left to gain.
+# That was a forward pass in evaluation mode under ``no_grad``. All of this page is IEEE
+# float32 on the device named above: a check and three calls of each way warm up, seven
+# or more turns follow. A gain is the median ratio of the turns, brackets hold its interval (a
+# sign test of at least 95 percent), and the call's time is the loop's median over the
+# gain. **If no difference is seen**, give more ``seconds`` or a quieter machine. **If
+# vmap is slower**, look among the three reasons below.
 #
 # Why one call can win: it pays the overhead once
 # -----------------------------------------------
 #
-# Before an operator computes, Python, PyTorch and, on a GPU, the start of a kernel take
-# some microseconds. Small tensors are computed in less. Three costs describe both ways
-# for :math:`N` models with :math:`B` samples each:
+# Before an operator computes, Python and PyTorch have work to do, and a GPU has a
+# kernel to start. Suppose that the time of :math:`N` models is a straight line:
 #
-# .. math:: T = t_\text{call} + t_\text{model} \, N + t_\text{sample} \, N B
+# .. math:: T_\text{loop} = a + b N \qquad T_\text{vmap} = c + d N
 #
-# The loop has the overhead of all operators in :math:`t_\text{model}`; the single call
-# has it in :math:`t_\text{call}`, which is larger, but paid once. So one model should
-# lose and many should win, and larger minibatches should leave less to gain. Training
-# should pay from fewer models on: most of the operators that ``vmap`` adds are in the
-# forward pass, few in the backward pass, none in the optimizer (tested).
+# The loop has this overhead in :math:`b`, the call has it in :math:`c`, paid once. If
+# :math:`b > d`, the lines make **a rule with the number of models in it**:
+#
+# - One call pays from :math:`N = (c - a) / (b - d)` models on.
+# - Its gain approaches :math:`b / d` as :math:`N` grows.
+#
+# If :math:`b < d`, more models do not help. A larger minibatch adds work to both
+# slopes, so it should leave less to gain. Training should pay from no more models than
+# prediction: most of the operators that ``vmap`` adds are in the forward pass, and none
+# are in the optimizer (tested).
 #
 # How many models before it pays, forward and in training
 # --------------------------------------------------------
 #
-# A step of training is a forward pass, a backward pass and an update by SGD. The loop
-# has an optimizer for each model, the single call one for the stack. The *sum* of the
-# losses gives each model its own gradient: one step leaves the same parameters.
+# Three ways to make one step of SGD: a loop with one optimizer and one backward pass
+# for all models, one call, and the loop as people write it. A *sum* of losses gives
+# each model its own gradient.
 
 
-def compare_training(build, num_models, batch, shape):
+def step_loop(models, optimizer, minibatches):
+    optimizer.zero_grad()
+    pairs = zip(models, minibatches, strict=True)
+    torch.stack([model(x).square().mean() for model, x in pairs]).sum().backward()
+    optimizer.step()
+
+
+def step_call(loss, params, buffers, optimizer, minibatches):
+    optimizer.zero_grad()
+    vmap(loss)(params, buffers, minibatches).sum().backward()
+    optimizer.step()
+
+
+def step_each(models, optimizers, minibatches):
+    for model, optimizer, x in zip(models, optimizers, minibatches, strict=True):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+# %%
+# Gains are over the first loop. After one step all three hold the same parameters, to
+# 1e-6.
+
+
+def compare_training(build, num_models, batch, shape, seconds=1.0):
     models = [build().to(device) for _ in range(num_models)]
+    copies = copy.deepcopy(models)
     params, buffers = stack_module_state(models)
-    minibatches = torch.randn(num_models, batch, *shape, device=device)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in models]
-    stack_optimizer = torch.optim.SGD(params.values(), lr=1e-3)
+    x = torch.randn(num_models, batch, *shape, device=device)
     with torch.device("meta"):
         skeleton = build()
 
@@ -134,212 +182,211 @@ def compare_training(build, num_models, batch, shape):
         output = functional_call(skeleton, (params, buffers), (x,), strict=True)
         return output.square().mean()
 
-    def loop():
-        for model, optimizer, x in zip(models, optimizers, minibatches, strict=True):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-
-    def one_call():
-        stack_optimizer.zero_grad()
-        vmap(loss)(params, buffers, minibatches).sum().backward()
-        stack_optimizer.step()
-
-    loop(), one_call()
-    alone, _ = stack_module_state(models)
-    message = f"{num_models} models: vmap does not train as the loop does"
-    torch.testing.assert_close(params, alone, atol=1e-6, rtol=1e-6, msg=message)
-    return in_turns(loop, one_call)
+    every = [p for model in models for p in model.parameters()]
+    one = torch.optim.SGD(every, lr=1e-3, foreach=True)
+    stacked = torch.optim.SGD(params.values(), lr=1e-3, foreach=True)
+    own = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in copies]
+    loop = functools.partial(step_loop, models, one, x)
+    one_call = functools.partial(step_call, loss, params, buffers, stacked, x)
+    each = functools.partial(step_each, copies, own, x)
+    _ = loop(), one_call(), each()
+    for trained in models, copies:
+        alone, _ = stack_module_state(trained)
+        torch.testing.assert_close(params, alone, atol=1e-6, rtol=1e-6)
+    return in_turns(loop, one_call, each, seconds=seconds)
 
 
 # %%
-# Faster means: by more than both spreads (half an interquartile range each), and for
-# all larger numbers of models too.
+# An accelerator gets more models and larger minibatches.
 
-curves = {"forward pass": {}, "training step": {}}
-for n in [1, 2, 3, 4, 6, 8, 16, 64, 256]:
-    curves["forward pass"][n] = compare(mlp, n, batch, shape)
-    curves["training step"][n] = compare_training(mlp, n, batch, shape)
+counts, batches = [1, 2, 4, 8, 16, 64, 256], [1, batch, 512]
+if device.type != "cpu":
+    counts, batches = [1, 2, 4, 8, 16, 256, 2048], [1, batch, 4096]
+two, most = [1, counts[-2]], counts[-1]
 
+
+def pays_from(curve):
+    """The number of models from which on every measured one is told faster."""
+    slow = [n for n, (_, (_, _, low, _), *_) in curve.items() if low <= 1.02]
+    return next((n for n in curve if n > max(slow, default=0)), None)
+
+
+curves = {
+    "forward pass": {n: compare(mlp, n, batch, shape, 0.3) for n in counts},
+    "training step": {n: compare_training(mlp, n, batch, shape, 0.3) for n in counts},
+}
 for task, curve in curves.items():
-    ratios = {n: a.median / b.median for n, (a, b) in curve.items()}
-    lead = {n: a.median - b.median - (a.iqr + b.iqr) / 2 for n, (a, b) in curve.items()}
-    last = max((n for n in curve if lead[n] <= 0), default=0)  # not faster here
-    later = [n for n in curve if n > last]
-    faster = f"faster from {later[0]} models on" if later else "not faster in the end"
-    print(f"{task}: vmap is {faster}")
-    print(f"  loop / vmap: {ratios[1]:.2f} with one model, {ratios[n]:.1f} with {n}")
+    print(f"{task}: vmap faster from: {pays_from(curve) or 'never'}")
+    print("\n".join(f"  N = {n}: {said(*curve[n][1][1:])}" for n in (1, most)))
+print(f"  N = {most}, loop with an optimizer each: {said(*curve[most][2][1:])}")
 
 # %%
-# The loop pays for each model from the start. The call is flat as long as its overhead
-# is most of its time: there **one more model is nearly free**.
+# The dashed line marks the number from which on every measured one is told faster. Bars
+# are the intervals, drawn as times. While :math:`c` is most of the call's time, its
+# curve is flat: **one more model is nearly free**. If training needs more models than
+# prediction here, the probable reason is noise: longer steps get fewer turns.
 
-fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.6), sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
+ways = [("loop", "o-"), ("vmap", "^-"), ("loop, an optimizer each", "s:")]
 for ax, (task, curve) in zip(axes, curves.items(), strict=True):
-    for side, (way, marker) in enumerate([("loop", "o"), ("vmap", "^")]):
-        runs = [pair[side] for pair in curve.values()]
-        middle, spread = [1e3 * t.median for t in runs], [500 * t.iqr for t in runs]
-        ax.errorbar(list(curve), middle, spread, marker=marker, label=way, capsize=3)
-    ax.set(title=task, xlabel="number of models", xscale="log", yscale="log")
+    for way, results in enumerate(zip(*curve.values(), strict=True)):
+        label, style = ways[way]
+        time, gain, low, high = torch.tensor(results).T
+        bars = torch.stack([time - time * gain / high, time * gain / low - time])
+        ax.errorbar(counts, 1e3 * time, 1e3 * bars, fmt=style, label=label)
+    ax.axvline(pays_from(curve) or math.nan, color="gray", ls="--")
+    ax.set_title(f"{task}\nvmap faster from: {pays_from(curve) or 'never'}")
+    ax.set(xlabel="number of models", xscale="log", yscale="log")
 axes[0].set_ylabel("time [ms]")
-axes[0].legend()
+axes[1].legend(fontsize="small")
 fig.suptitle(f"MLPs, batch {batch}, float32, {name}")
+found = [f"{task} {said(*curve[most][1][1:])}" for task, curve in curves.items()]
 fig.set_label(
-    "Two panels, forward pass and training step: time of the loop and of one vmap call "
-    f"against the number of models, logarithmic axes, batch {batch}, on {name}. With "
-    f"{n} models vmap trains {ratios[n]:.1f} times as fast as the loop."
+    "Two panels, forward pass and training step: time of loops and of one vmap call "
+    f"against the number of models, logarithmic axes, batch {batch}, on {name}. One "
+    f"vmap call for {most} models against the best loop: {', '.join(found)}."
 )
 
 # %%
 # Does batch size matter?
 # -----------------------
 #
-# The forward pass again, over a grid of both. An accelerator gets a larger one.
+# The forward pass again, with smaller and with larger minibatches. Where two intervals
+# overlap, take the gains for equal. If a gain rises with the batch, one large operator
+# probably computes faster than many small ones.
 
-counts, batches = [1, 4, 16, 64, 256, 1024], [1, 8, 64, 512]
-if device.type != "cpu":
-    counts, batches = [*counts, 4096], [1, 16, 256, 4096]
-grid = {(n, b): compare(mlp, n, b, shape) for n in counts for b in batches}
-
-gains = torch.tensor([a.median / b.median for a, b in grid.values()])
-gains = gains.view(len(counts), len(batches))
-for b, column in zip(batches, gains.T, strict=True):
-    faster = f"{(column > 1).sum()} of {len(counts)}"
-    print(f"batch {b}: {column.max():.2g}x at best, vmap faster in {faster} rows")
-spreads = torch.tensor([t.iqr / 2 / t.median for pair in grid.values() for t in pair])
-print(f"typical spread: ±{spreads.median():.0%} of a time")
-
-# %%
-# Orange cells belong to ``vmap``, purple ones to the loop. Up, more models share the
-# overhead, and ``vmap`` gains. To the right, each model has more work, and the gain
-# shrinks. If the upper right corner is purple, the likely reason is memory: the second
-# one below puts it to the test.
-
-fig, ax = plt.subplots(figsize=(5, 4.2), layout="constrained")
-limit = 1.6 * gains.log2().abs().max().item()  # pale colors, so that numbers show
-colors = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
-ax.imshow(gains.log2().tolist(), origin="lower", aspect="auto", **colors)
-for row, values in enumerate(gains.tolist()):
-    for column, gain in enumerate(values):
-        ax.text(column, row, f"{gain:.2g}", color="black", ha="center", va="center")
-ax.set_xticks(range(len(batches)), batches)
-ax.set_yticks(range(len(counts)), counts)
-ax.set(xlabel="batch size of each model", ylabel="number of models")
-ax.set_title(f"Time of loop / time of vmap\nMLP, forward, float32, {name}")
-fig.set_label(
-    "Map of the time of the loop divided by the time of vmap over batch size and "
-    f"number of models, from {gains.min():.2f} to {gains.max():.0f}, on {name}. vmap "
-    f"is faster in {(gains > 1).sum()} of {gains.numel()} cells."
-)
+some = [1, 8, *counts[-2:]]
+grid = {b: {n: compare(mlp, n, b, shape, 0.3) for n in some} for b in batches[::2]}
+grid = {batches[0]: grid[batches[0]], batch: curves["forward pass"], **grid}
+for b, curve in grid.items():
+    print(f"{most} models, batch {b}: vmap {said(*curve[most][1][1:])}")
 
 # %%
 # Predict a size that you did not measure
 # ---------------------------------------
 #
-# The three costs, from all cells of the map by least squares of the relative error; a
-# negative cost becomes zero. The size at the top of this page is not in the map.
+# Two sizes fix the four numbers of the rule: one model, and the last number but one.
+# All other sizes test it, and the largest lies four times or more beyond.
 
-double = {"device": "cpu", "dtype": torch.float64}
-sizes = torch.tensor([[1, n, n * b] for n, b in grid], **double)
-size = torch.tensor([1, num_models, num_models * batch], **double)
-for side, (way, new) in enumerate([("loop", loop_time), ("vmap", vmap_time)]):
-    times = torch.tensor([pair[side].median for pair in grid.values()], **double)
-    one = torch.ones(len(times), 1, **double)
-    cost = torch.linalg.lstsq(sizes / times[:, None], one).solution[:, 0].clamp(min=0)
-    call, model, sample = (1e6 * cost).tolist()
-    print(f"{way}: {call:.1f} us a call, {model:.2f} a model, {sample:.3f} a sample")
-    off = times / (sizes @ cost) - 1
-    worst = off.abs().argmax()
-    n, b = list(grid)[worst]
-    print(f"  map: typically {off.abs().median():.0%} off, at worst", end=" ")
-    print(f"{off[worst]:+.0%} ({n} models, batch {b})")
-    then, now = 1e3 * (size @ cost).item(), 1e3 * new.median
-    print(f"  new size: predicted {then:.2f} ms, measured {now:.2f} ms")
+
+def straight(curve, way):
+    """Time of a call and of each model in it; a slope below zero is noise."""
+    low, high = (curve[n][way][0] for n in two)
+    slope = max(high - low, 0) / (two[1] - two[0])
+    return low - slope, slope
+
+
+rule, wrong, new = {}, {}, sum(len(set(curve) - set(two)) for curve in grid.values())
+for size, curve in grid.items():
+    (a, b), (c, d) = straight(curve, 0), straight(curve, 1)
+    rule[size] = {n: (a + b * n) / (c + d * n) for n in curve}
+    for n, (_, (_, gain, low, high), *_) in curve.items():
+        if not low <= rule[size][n] <= high and n not in two:
+            wrong[n, size] = rule[size][n] / gain - 1
+    pays = f"{max(1, (c - a) / (b - d)):.2g}" if b > d else "never"
+    print(f"batch {size}: a, b, c, d:", *(f"{1e6 * t:.3g}" for t in (a, b, c, d)), "us")
+    print(f"  pays from: {pays}, as measured: {pays_from(curve) or 'never'}")
+print(f"wrong at {len(wrong)} of {new} new sizes")
+for n, size in sorted(wrong, key=lambda at: -abs(wrong[at]))[:3]:
+    print(f"  {n} models, batch {size}: {wrong[n, size]:+.0%}", end=", measured ")
+    print(said(*grid[size][n][1][1:]))
 
 # %%
-# **The worst cell shows where a cost is not constant.** On a CPU, hundreds of models
-# probably leave the cache, so the loop pays more for each. The large tensors of one
-# call leave it, too: the next section tries a cure. On a GPU, kernels run while Python
-# prepares the next ones, so the larger of two times counts, not their sum.
-#
+# **Wrong** means that the predicted gain lies outside of the measured interval; up to
+# three are named, the worst first. There a line is not straight, or the noise of the
+# two sizes behind it is in the prediction.
+
+fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+for i, (size, curve) in enumerate(grid.items()):
+    _, gain, low, high = torch.tensor([curve[n][1] for n in curve]).T
+    bars, fmt = torch.stack([gain - low, high - gain]), f"C{i}{'os^'[i]}"
+    ax.errorbar(list(curve), gain, bars, fmt=fmt, label=f"batch {size}")
+    ax.plot(rule[size].keys(), rule[size].values(), f"C{i}--")
+ax.axhline(1, color="gray")
+ax.set(xscale="log", yscale="log", xlabel="number of models")
+ax.set_ylabel("loop is faster < 1 < vmap is faster")
+ax.set_title(f"Gain of vmap, forward pass, float32, {name}")
+_ = ax.legend(title="dashed: the rule")
+fig.set_label(
+    "Gain of one vmap call over the loop in a forward pass, against the number of "
+    f"models, for batches {list(grid)}, on {name}, with intervals, and the rule as "
+    f"dashed lines. The rule is wrong at {len(wrong)} of {new} new sizes."
+)
+
+# %%
 # vmap slower than a for loop? Three reasons
 # ------------------------------------------
 #
-# **Too few models**: the left ends of the curves.
+# **Too few models**, at the left ends of the curves: the rule says what is too few.
 #
 # **Too large tensors.** The activations of the call are as many times larger as there
-# are models. On a CPU they leave the cache, and the system hands out fresh memory for
-# them in every call. ``chunk_size`` takes the models in pieces; here, in the upper
-# right corner of the map:
+# are models. ``chunk_size`` takes the models in pieces: the same arithmetic, smaller
+# tensors, more operators. Chunks against all at once, each batch:
+
+models = [mlp().to(device).eval() for _ in range(most)]
+params, buffers = stack_module_state(models)
+with torch.device("meta"):
+    skeleton = mlp().eval()
 
 
-def report(label, loop_time, vmap_time):
-    ratio = loop_time.median / vmap_time.median
-    verdict = f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}"
-    pair = [("loop", loop_time), ("vmap", vmap_time)]
-    ms = [f"{w} {1e3 * t.median:.2f} ms ±{t.iqr / 2 / t.median:.0%}" for w, t in pair]
-    print(f"{label}: vmap is {verdict}\n  {', '.join(ms)}")
+def predict(params, buffers, x):
+    return functional_call(skeleton, (params, buffers), (x,), strict=True)
 
 
-n, b = counts[-1], batches[-1]
-chunk_size = 32 if device.type == "cpu" else 1024
-report("all at once", *grid[n, b])
-report(f"in chunks of {chunk_size}", *compare(mlp, n, b, shape, chunk_size))
+for size in batches:
+    x = torch.randn(most, size, *shape, device=device)
+    whole = functools.partial(vmap(predict), params, buffers, x)
+    chunks = functools.partial(vmap(predict, chunk_size=two[1]), params, buffers, x)
+    with torch.no_grad():
+        _, (_, *gain) = in_turns(whole, chunks, seconds=0.3)
+    print(f"{most} models, batch {size}, in chunks of {two[1]}: {said(*gain)}")
 
 # %%
-# If chunks are faster, memory was the reason, and ``plot_memory.py`` helps to choose
-# their size. If not, keep one call.
+# Where chunks are faster, the size of the tensors was a cost, on a CPU probably that of
+# the cache and of fresh memory: ``plot_memory.py`` helps to choose chunks. Elsewhere
+# chunks do not help.
 #
-# **Models that fill the machine.** Three networks, each with 16 models:
+# **Models that fill the machine.** Sixteen perceptrons, narrow and wide:
 
-
-def cnn():
-    layers = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()]
-    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9216, 10))
-
-
-wide = 1024 if device.type == "cpu" else 4096
-networks = {
-    "MLP, width 32": (mlp, [16]),
-    f"MLP, width {wide}": (lambda: mlp(wide), [16]),
-    "CNN": (cnn, [1, 28, 28]),
-}
-for label, (build, one_input) in networks.items():
-    times = compare(build, 16, 16, one_input)
-    us = 1e6 * times[0].median / 16 / len(build())
-    report(f"{label}, {us:.0f} us a layer", *times)
+wide, work = (1024, 16) if device.type == "cpu" else (4096, 256)
+for width in 32, wide:
+    build = functools.partial(mlp, width)
+    (loop, *_), (_, *gain) = compare(build, 16, work, shape, 0.3)
+    print(f"width {width}, loop {1e3 * loop / 16:.2g} ms a model: vmap {said(*gain)}")
 
 # %%
-# The rule of thumb at work: far above the first network's time a layer, ``vmap`` gains
-# only if one large operator runs faster than many small ones. For convolutions that is
-# one with groups, which not every library does fast, and on a CPU the second reason
-# adds to it: ``plot_fastest_ensemble.py`` has other ways. A fourth reason, an operator
-# that ``vmap`` cannot batch, announces itself by a warning: ``plot_what_vmap_runs.py``.
+# The width alone differs, not the number of operators. So what the wide loop takes
+# longer is not the overhead that one call saves: ``vmap`` gains there only if one large
+# operator is faster than many small ones. ``plot_ensembling.py`` measures
+# convolutions.
 #
 # The mistake: stacking in every call
 # -----------------------------------
 #
-# One line in the wrong place: the result is the same (tested), no message tells, and
-# each call copies all parameters before it begins.
+# With ``stack_module_state`` inside of what is called often, the result is the same
+# (tested), no message tells, and each call copies all parameters before it begins:
 
-models = [mlp().to(device) for _ in range(num_models)]
-(stacking,) = in_turns(lambda: stack_module_state(models))
-share = stacking.median / vmap_time.median
-print(f"stacking {num_models} models: {1e3 * stacking.median:.2f} ms", end=", ")
-print(f"{share:.1f} times the call at the top of this page")
+x = torch.randn(most, batch, *shape, device=device)
+with torch.no_grad():
+    _, (_, *gain) = in_turns(
+        lambda: vmap(predict)(params, buffers, x),
+        lambda: vmap(predict)(*stack_module_state(models), x),
+    )
+print(f"{most} models, batch {batch}, stacked in every call: {said(*gain)}")
 
 # %%
 # Remember
 # --------
 #
-# **A loop pays its overhead for every model, one call pays once.** Many small models
-# gain most, and training usually pays from fewer models on than prediction. Where one
-# model fills the machine, or where tensors get too large, measure before you choose.
+# **A loop pays its overhead for every model, one call pays once.** Two sizes of your
+# own network give a rule: from how many models on one call pays, and how far its gain
+# can go. Test it on a third, and compare with the loop at its best.
 #
 # Next
 # ----
 #
-# - ``plot_what_vmap_runs.py``: the operators of one call.
+# - ``plot_what_vmap_runs.py``: the operators of one call, and a fourth reason, those
+#   that ``vmap`` cannot batch.
 # - ``plot_fastest_ensemble.py``: where the work decides.
 # - ``plot_memory.py``: what a call needs, and ``chunk_size``.
 # - ``plot_training.py``: many models, each on its own data.
@@ -347,11 +394,10 @@ print(f"{share:.1f} times the call at the top of this page")
 # References
 # ----------
 #
-# - The question, for LeNet and for an MLP in JAX:
-#   `functorch#1061 <https://github.com/pytorch/functorch/issues/1061>`_,
+# - The question: `functorch#1061 <https://github.com/pytorch/functorch/issues/1061>`_,
 #   `jax#15339 <https://github.com/jax-ml/jax/issues/15339>`_.
 # - Stacking in every call:
 #   `pytorch#120581 <https://github.com/pytorch/pytorch/issues/120581>`_.
 # - W. Whitney: `Parallelizing neural networks on one GPU with JAX
-#   <http://willwhitney.com/parallel-training-jax.html>`_, 2021: a hundred
-#   small networks in the time of one, on a Titan X.
+#   <http://willwhitney.com/parallel-training-jax.html>`_, 2021: a hundred small
+#   networks in the time of one, on a Titan X.
