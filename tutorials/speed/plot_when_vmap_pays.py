@@ -113,10 +113,10 @@ print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 # %%
 # That was a forward pass in evaluation mode under ``no_grad``. All of this page is IEEE
 # float32 on the device named above: a check and three calls of each way warm up, seven
-# or more turns follow. A gain is the median ratio of the turns, brackets hold its interval (a
-# sign test of at least 95 percent), and the call's time is the loop's median over the
-# gain. **If no difference is seen**, give more ``seconds`` or a quieter machine. **If
-# vmap is slower**, look among the three reasons below.
+# or more turns follow. A gain is the median ratio of the turns, brackets hold its
+# interval (a sign test of at least 95 percent), and the call's time is the loop's
+# median over the gain. **If no difference is seen**, give more ``seconds`` or a quieter
+# machine. **If vmap is slower**, look among the three reasons below.
 #
 # Why one call can win: it pays the overhead once
 # -----------------------------------------------
