@@ -111,12 +111,15 @@ def said(gain, low, high):
 print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 
 # %%
-# That was a forward pass in evaluation mode under ``no_grad``. All of this page is IEEE
-# float32 on the device named above: a check and three calls of each way warm up, seven
-# or more turns follow. A gain is the median ratio of the turns, brackets hold its
-# interval (a sign test of at least 95 percent), and the call's time is the loop's
-# median over the gain. **If no difference is seen**, give more ``seconds`` or a quieter
-# machine. **If vmap is slower**, look among the three reasons below.
+# That was a forward pass in evaluation mode under ``no_grad``, without a compiler
+# (``plot_fastest_ensemble.py`` compiles both). All of this page is IEEE float32 on the
+# device named above: a check and three calls of each way warm up, seven or more turns
+# follow. A gain is the median ratio of the turns, brackets hold its interval (a sign
+# test of at least 95 percent), and the call's time is the loop's median over the gain.
+#
+# **If no difference is seen**, give more ``seconds`` or a quieter machine. **If vmap is
+# slower**, look among the three reasons below. On a CPU that has other work to do, also
+# try ``torch.set_num_threads(1)``: the threads of an operator wait for each other.
 #
 # Why one call can win: it pays the overhead once
 # -----------------------------------------------
@@ -201,7 +204,7 @@ def compare_training(build, num_models, batch, shape, seconds=1.0):
 
 counts, batches = [1, 2, 4, 8, 16, 64, 256], [1, batch, 512]
 if device.type != "cpu":
-    counts, batches = [1, 2, 4, 8, 16, 256, 2048], [1, batch, 4096]
+    counts, batches = [1, 2, 4, 8, 16, 256, 1024], [1, batch, 4096]
 two, most = [1, counts[-2]], counts[-1]
 
 
@@ -212,8 +215,8 @@ def pays_from(curve):
 
 
 curves = {
-    "forward pass": {n: compare(mlp, n, batch, shape, 0.3) for n in counts},
-    "training step": {n: compare_training(mlp, n, batch, shape, 0.3) for n in counts},
+    "forward pass": {n: compare(mlp, n, batch, shape, 0.25) for n in counts},
+    "training step": {n: compare_training(mlp, n, batch, shape, 0.25) for n in counts},
 }
 for task, curve in curves.items():
     print(f"{task}: vmap faster from: {pays_from(curve) or 'never'}")
@@ -252,11 +255,11 @@ fig.set_label(
 # -----------------------
 #
 # The forward pass again, with smaller and with larger minibatches. Where two intervals
-# overlap, take the gains for equal. If a gain rises with the batch, one large operator
-# probably computes faster than many small ones.
+# overlap, take the gains for equal. A gain that rises with the batch contradicts the
+# prediction: there the further samples cost the call less than the loop.
 
 some = [1, 8, *counts[-2:]]
-grid = {b: {n: compare(mlp, n, b, shape, 0.3) for n in some} for b in batches[::2]}
+grid = {b: {n: compare(mlp, n, b, shape, 0.25) for n in some} for b in batches[::2]}
 grid = {batches[0]: grid[batches[0]], batch: curves["forward pass"], **grid}
 for b, curve in grid.items():
     print(f"{most} models, batch {b}: vmap {said(*curve[most][1][1:])}")
@@ -266,7 +269,7 @@ for b, curve in grid.items():
 # ---------------------------------------
 #
 # Two sizes fix the four numbers of the rule: one model, and the last number but one.
-# All other sizes test it, and the largest lies four times or more beyond.
+# All other sizes test it, and the largest lies four times beyond.
 
 
 def straight(curve, way):
@@ -338,7 +341,7 @@ for size in batches:
     whole = functools.partial(vmap(predict), params, buffers, x)
     chunks = functools.partial(vmap(predict, chunk_size=two[1]), params, buffers, x)
     with torch.no_grad():
-        _, (_, *gain) = in_turns(whole, chunks, seconds=0.3)
+        _, (_, *gain) = in_turns(whole, chunks, seconds=0.25)
     print(f"{most} models, batch {size}, in chunks of {two[1]}: {said(*gain)}")
 
 # %%
@@ -351,7 +354,7 @@ for size in batches:
 wide, work = (1024, 16) if device.type == "cpu" else (4096, 256)
 for width in 32, wide:
     build = functools.partial(mlp, width)
-    (loop, *_), (_, *gain) = compare(build, 16, work, shape, 0.3)
+    (loop, *_), (_, *gain) = compare(build, 16, work, shape, 0.25)
     print(f"width {width}, loop {1e3 * loop / 16:.2g} ms a model: vmap {said(*gain)}")
 
 # %%
@@ -371,6 +374,7 @@ with torch.no_grad():
     _, (_, *gain) = in_turns(
         lambda: vmap(predict)(params, buffers, x),
         lambda: vmap(predict)(*stack_module_state(models), x),
+        seconds=0.25,
     )
 print(f"{most} models, batch {batch}, stacked in every call: {said(*gain)}")
 
