@@ -6,10 +6,9 @@ Run ten convolutional networks of one architecture as a single call of
 ``torch.func.vmap``, check that it returns what a loop over the models returns, and
 measure which of the two is faster on your machine.
 
-**In short.** ``stack_module_state`` puts the parameters of all models into one set of
-tensors, a row for each model; ``vmap`` runs the forward pass of one model for all rows
-at once, on its own minibatch or on one that all share. The result is that of the loop
-up to rounding; the speed depends on model, batch and machine.
+**In short.** ``stack_module_state`` puts the parameters of all models into the rows of
+one set of tensors, and ``vmap`` runs one forward pass for all rows. The result is that
+of the loop up to rounding; the speed depends on model, batch and machine.
 
 Before you start: the `PyTorch basics
 <https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`_. You need no GPU.
@@ -19,12 +18,15 @@ Before you start: the `PyTorch basics
 # Set-up
 # ------
 
+import math
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # no TF32, which has 3 digits
@@ -51,8 +53,7 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x):  # [64, 1, 28, 28]
-        x = F.relu(self.conv1(x))
-        x = F.relu(self.conv2(x))  # [64, 64, 24, 24]
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))  # [64, 64, 24, 24]
         x = F.max_pool2d(x, 2).flatten(1)  # [64, 9216]
         return self.fc2(F.relu(self.fc1(x)))  # [64, 10]
 
@@ -71,7 +72,7 @@ minibatch = data[0]  # [64, 1, 28, 28], one for all
 
 params, buffers = stack_module_state(models)  # "fc1.weight": [10, 128, 9216], ...
 with torch.device("meta"):
-    skeleton = SimpleCNN()  # code without memory
+    skeleton = SimpleCNN().eval()  # code without memory; to train, .train()
 
 
 def predict(params, buffers, x):
@@ -86,153 +87,210 @@ with torch.no_grad():  # leave this out to train
 print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 
 # %%
-# Both results are ``[model, image, class]``. Three functions make them:
+# Both results are ``[model, image, class]``:
 #
-# - ``stack_module_state`` copies the parameters of all models into one dictionary, in
-#   which every tensor has a new first dimension; buffers as well, but this network has
-#   none. After the copy, a change of ``models[3]`` does not reach ``params``.
-# - ``functional_call`` runs a module with parameters that you hand it. So ``predict``
-#   is *one* model as a function of tensors, the form that ``vmap`` needs. On the
-#   ``meta`` device the skeleton's own tensors have shapes and no memory;
-#   ``strict=True`` insists that the call supplies them all.
+# .. code-block:: none
+#
+#                 params            option 1         option 2
+#    models[0] -> row 0 -> predict(minibatches[0] or minibatch) -> logits of model 0
+#    models[1] -> row 1 -> predict(minibatches[1] or minibatch) -> logits of model 1
+#       ...        ...                   ...                             ...
+#    models[9] -> row 9 -> predict(minibatches[9] or minibatch) -> logits of model 9
+#
+# - ``stack_module_state`` copies every parameter of the models into the rows of one
+#   tensor, and buffers, which this network lacks. A later change of ``models[3]`` does
+#   not reach ``params``.
+# - ``functional_call`` runs a module with parameters that you hand it, so ``predict``
+#   is *one* model as a function of tensors; ``strict=True`` accepts no missing one.
 # - ``vmap`` maps that function over the models. ``in_dims`` names, for each argument,
 #   the dimension that counts them: 0 by default, ``None`` for what all share.
-#
-# In older code, ``functorch.combine_state_for_ensemble`` did the work of the first two.
 #
 # The same with a loop
 # --------------------
 #
-# One large kernel may add numbers in another order than ten small ones, so the last
-# bits differ. On a CPU, each logit has to agree within one part in a million (of itself
-# or of 1, if that is more); elsewhere, within 224 roundings of the largest logit, the
-# tolerance of ``plot_how_equal.py``.
+# One large kernel may add numbers in another order than ten small ones. On a CPU, two
+# logits *a* and *b* may differ by 1e-6 (1 + abs(b)); elsewhere, by 224 roundings of the
+# largest one (``plot_how_equal.py``). The judge is float64, on the CPU.
+
+
+def in64(state):
+    return {key: tensor.to("cpu", torch.float64) for key, tensor in state.items()}
+
 
 with torch.no_grad():
-    pairs = zip(models, minibatches, strict=True)
-    loop_own = torch.stack([model(x) for model, x in pairs])
-    loop_shared = torch.stack([model(minibatch) for model in models])
+    loop_own = torch.stack([m(x) for m, x in zip(models, minibatches, strict=True)])
+    loop_shared = torch.stack([m(minibatch) for m in models])
 
-for option, one_call, loop in [(1, own, loop_own), (2, shared, loop_shared)]:
-    distance = (one_call - loop).abs().max()
-    tol = 1e-6 if device == cpu else 224 * 2**-24 * loop.abs().max().item()
-    assert torch.allclose(one_call, loop, atol=tol, rtol=tol), (
-        f"option {option}: vmap does not compute what the loop computes; "
-        f"a logit is off by {distance:.1e}"
-    )
-    print(f"option {option}: equal within {tol:.0e}; largest difference {distance:.1e}")
+    few = minibatches[:, :8].to("cpu", torch.float64)  # eight images for each model
+    own64 = vmap(predict)(in64(params), buffers, few)
+    pairs = zip(models, few, strict=True)
+    loop64 = torch.stack([predict(in64(m.state_dict()), {}, x) for m, x in pairs])
+
+in32 = 1e-6 if device == cpu else 224 * 2**-24 * loop_own.abs().max().item()
+for case, one_call, loop, tol in [
+    ("option 1", own, loop_own, in32),
+    ("option 2", shared, loop_shared, in32),
+    ("float64", own64, loop64, 1e-12),
+]:
+    print(f"{case}: {(one_call - loop).abs().max():.1e} apart, tolerance {tol:.0e}")
+    equal = torch.allclose(one_call, loop, atol=tol, rtol=tol)
+    assert equal, f"{case}: vmap does not compute what the loop computes"
 
 # %%
-# **One call computes what the loop computes.** Keep this check in your own project. If
-# it fails there, because a GPU uses TF32 or logits are larger, ``plot_how_equal.py``
-# finds a fair tolerance and lets float64 decide who is wrong.
+# **One call computes what the loop computes.** Keep this check in your own project.
 #
 # Should it be faster?
 # --------------------
 #
-# The arithmetic is the same. But where the loop calls each operator ten times, ``vmap``
-# calls it once: a linear layer becomes one batched matrix product, a convolution one
-# *grouped* convolution with a group for each model. This saves calls, which cost
-# microseconds each and leave a GPU idle. It also makes every intermediate result ten
-# times as large: 10 x 64 images x 64 channels x 24 x 24 pixels x 4 bytes behind
-# ``conv2``, more than most CPU caches hold.
-#
-# So expect ``vmap`` to be faster where one small model cannot fill the device, as on a
-# GPU, and slower where one model keeps all cores busy already and large results have
-# their price, as on a small CPU.
+# The arithmetic is the same (tested). Where the loop calls each operator ten times,
+# ``vmap`` calls it once, as one batched matrix product or one *grouped* convolution,
+# whose results are ten times as large. So expect one call to win with many models too
+# small to keep the device busy, which on a GPU may be CNNs; and to lose with one or two
+# small models, because ``vmap`` itself takes time, or with CNNs on a CPU.
 #
 # Which is faster here?
 # ---------------------
 #
-# We time option 1. Both sides return one stacked tensor, with autograd off. They take
-# five turns each, every turn with a call to warm up; ``Timer`` waits for a GPU.
+# We time option 1 for the CNN and for a small MLP, without autograd or compilation.
 
 
-def in_turns(*functions, rounds=5):
-    """One ``Measurement`` for each function; they take turns, so drift hits all."""
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turns = [
-        [timer.blocked_autorange(min_run_time=0.05) for timer in timers]
-        for _ in range(rounds)
-    ]
-    return [Measurement.merge(column)[0] for column in zip(*turns, strict=True)]
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
 
 
-def compare(n):
-    """Times of n models: in a loop, and in one call."""
-    members, inputs = many[:n], data[:n]
-    state = stack_module_state(members)
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
+
+
+@torch.no_grad()
+def compare(make, inputs):
+    """A model for each of the inputs, in a loop and in one call."""
+    members = [make().to(device) for _ in inputs]
+    params, _ = stack_module_state(members)
+    shell = make().to("meta")
+    one_call = vmap(lambda p, x: functional_call(shell, p, (x,), strict=True))
     return in_turns(
         lambda: torch.stack([m(x) for m, x in zip(members, inputs, strict=True)]),
-        lambda: vmap(predict)(*state, inputs),
+        lambda: one_call(params, inputs),
+        seconds=0.3,
     )
 
 
 # %%
-# Up to ten models, or a hundred on a GPU:
+# Each CNN has its own 64 images, each MLP its own 32 rows of 64 numbers. After three
+# calls to warm up, both ways take turns, at least seven.
 
-sizes = [1, 2, 5, 10] if device == cpu else [1, 2, 5, 10, 20, 50, 100]
-many = [SimpleCNN().to(device) for _ in range(max(sizes))]
-with torch.no_grad():
-    loops, calls = zip(*[compare(n) for n in sizes], strict=True)
 
-print("models  loop, vmap: median ms (distance between the quartiles)")
-for n, loop, call in zip(sizes, loops, calls, strict=True):
-    ratio = loop.median / call.median
-    verdict = f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio > 1 else 'slower'}"
-    if abs(loop.median - call.median) < max(loop.iqr, call.iqr):
-        verdict = "about as fast"
-    looped, called = (f"{t.median * 1e3:.2f} ({t.iqr * 1e3:.2f})" for t in (loop, call))
-    print(f"{n:6}  {looped}, {called}: vmap is {verdict}")
+def small_mlp():
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+cases = {
+    "SimpleCNN": (SimpleCNN, data[: 10 if device == cpu else 100]),
+    "small MLP": (small_mlp, torch.randn(100, 32, 64, device=device)),
+}
+sizes, gains, found, table = [1, 3, 10, 30, 100], {}, [], []
+for case, (make, x) in cases.items():
+    gains[case] = []
+    for n in [n for n in sizes if n <= len(x)]:
+        (looped, *_), (called, *gain) = compare(make, x[:n])
+        gains[case].append(gain)
+        times = f"loop {looped * 1e3:.3g} ms, one call {called * 1e3:.3g} ms"
+        table.append(f"{n:3} {case}: {times}: {said(*gain)}")
+    found.append(f"{n} {case} {said(*gain)}")
+verdict = f"One call against the loop: {', '.join(found)}"
+print(verdict, f"Medians on {name}; in brackets, 95 % intervals:", *table, sep="\n")
 
 # %%
 
 fig, ax = plt.subplots(layout="constrained")
-for way, look, runs in [("loop", "C0o-", loops), ("vmap", "C1^--", calls)]:
-    ax.loglog(sizes, [t.median * 1e3 for t in runs], look, label=way)
-    fastest, slowest = ([f(t.times) * 1e3 for t in runs] for f in (min, max))
-    ax.fill_between(sizes, fastest, slowest, color=look[:2], alpha=0.2)
-ax.set_title(f"Prediction of SimpleCNNs, batch 64, float32\n{name}")
+for (case, runs), look in zip(gains.items(), ["C0o-", "C1^--"], strict=True):
+    gain, low, high = zip(*runs, strict=True)
+    ax.plot(sizes[: len(runs)], gain, look, label=case)
+    ax.fill_between(sizes[: len(runs)], low, high, color=look[:2], alpha=0.2)
+ax.axhline(1, color="gray")
+ax.set_xscale("log")
+ax.set_yscale("log", base=2)
+ax.set_title(f"Prediction by one call and by a loop, float32\n{name}")
 ax.set_xlabel("number of models")
-ax.set_ylabel("time [ms]; band: all turns")
+ax.set_ylabel("time of loop / time of one call\n(above 1, one call is faster)")
 ax.set_xticks(sizes, labels=sizes)
 ax.yaxis.set_major_formatter("{x:g}")
-ax.xaxis.minorticks_off()
+ax.minorticks_off()
 ax.legend()
 fig.set_label(
-    "Time of one prediction by all models against the number of models, for the loop "
-    f"and for vmap, on logarithmic axes. With {n} models, vmap is {verdict}."
+    "Time of a loop divided by the time of one call, against the number of models, for "
+    f"SimpleCNN and a small MLP, on logarithmic axes, with intervals. {verdict}."
 )
 
 # %%
-# **If vmap is faster here**, the calls of the loop left the device waiting, and one
-# call for all models waits once. Larger images, batches or layers shrink the gain, and
-# so do slow grouped convolutions. The authors of this example saw both in 2022: 4.91 ms
-# (loop) against 2.07 on an A100 GPU, 5.81 against 6.34 where their page was built.
-#
-# **If vmap is slower here**, there was no idle device to fill, and the large tensors
-# have their price: on a CPU, fresh memory, which ``plot_what_vmap_runs.py`` measures.
-# There, keep a loop for this network, best compiled (``plot_fastest_ensemble.py``);
-# with smaller models, one call is faster on a CPU too (``plot_when_vmap_pays.py``).
+# **Where one call is faster**, it probably saves calls that leave the device waiting.
+# **Where it is slower for few small models**, ``vmap`` probably takes longer than what
+# it saves. **For many small models** it can be slower beside other programs on a CPU,
+# probably because it waits for all threads: try ``OMP_NUM_THREADS=1``. **Where it is
+# slower for CNNs**, ``plot_what_vmap_runs.py`` says why. The example's authors saw both
+# with ten CNNs in 2022: 4.91 ms (loop) against 2.07 on an A100 GPU, 5.81 against 6.34
+# where their page was built.
 #
 # Combine the ten predictions
 # ---------------------------
 #
-# Average the probabilities, or let the models vote. For both, all models must see the
-# same images, so this takes option 2. Our models are untrained, so they disagree:
+# Untrained models guess, so each first learns from 24 small minibatches of real digits:
 
-by_mean = shared.softmax(dim=-1).mean(dim=0).argmax(dim=-1)  # [64]
-votes = shared.argmax(dim=-1)  # [10, 64]
-by_vote = votes.mode(dim=0).values  # [64]
-for_winner = (votes == by_vote).sum(dim=0)  # [64], of 10 votes
+digits = load_digits()  # 1,797 of 8 x 8 pixels, from 0 to 16
+order = torch.randperm(1797)
+x = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[order, None]
+x = F.interpolate(x, size=28).to(device)  # [1797, 1, 28, 28]
+y = torch.tensor(digits.target)[order].to(device)
 
-print(f"mean and vote agree on {(by_mean == by_vote).sum()} of {len(votes.T)} images")
-print(f"votes for the winning class: {for_winner.min()} to {for_winner.max()}")
+weights = [p for m in models for p in m.parameters()]
+optimizer = torch.optim.Adam(weights, lr=1e-3, fused=True)
+for step in torch.randint(1600, (24, num_models, 8), device=device):
+    optimizer.zero_grad()
+    pairs = zip(models, step, strict=True)
+    sum(F.cross_entropy(m(x[i]), y[i]) for m, i in pairs).backward()
+    optimizer.step()
 
 # %%
-# **Where trained models disagree, the ensemble is unsure**: what that is worth is the
-# subject of ``plot_unknown_inputs.py``.
+# Average the probabilities for the other 197 digits, by option 2 and a new stack:
+
+params, buffers = stack_module_state(models)
+with torch.no_grad():
+    logits = vmap(predict, in_dims=(0, 0, None))(params, buffers, x[1600:])
+
+combined = logits.softmax(dim=-1).mean(dim=0)  # [197, 10]
+right = (logits.argmax(dim=-1) == y[1600:]).float()  # [10, 197]
+one, all_ten = right.mean(dim=1), (combined.argmax(dim=-1) == y[1600:]).float()
+gain = 100 * (all_ten - right.mean(dim=0))  # [197]
+error = gain.std() / len(gain) ** 0.5
+print(f"one model is right on {one.mean():.1%} ({one.min():.1%} to {one.max():.1%})")
+print(f"combined: {all_ten.mean():.1%}, {gain.mean():+.1f} points (error {error:.1f})")
+
+# %%
+# The error is the standard error over the digits. **The mean gains where models err on
+# different images**; from models with equal mistakes, it would gain nothing. Where they
+# disagree, the ensemble is unsure: see ``plot_unknown_inputs.py``.
 #
 # The mistake: a shared minibatch without ``None``
 # ------------------------------------------------
@@ -249,25 +307,21 @@ except ValueError as error:
 # The cure is ``in_dims=(0, 0, None)``. With ten images in the batch, the sizes would
 # agree and every model would get one image: look at the shape of the result, too.
 #
-# Other refusals mostly mean that a model is no pure function of tensors, for instance
-# by ``.item()`` or an ``if`` on values: PyTorch lists these `limitations
-# <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_. Batch norm, dropout
-# and tied weights are the subject of ``plot_state.py``.
-#
 # Remember
 # --------
 #
-# ``stack_module_state`` makes one state of many models, ``functional_call`` makes a
-# function of one model, ``vmap`` calls it for all. **One entry of** ``in_dims``
-# **decides between own and shared minibatches.** The result is that of the loop up to
-# rounding; whether it comes faster, you have to measure.
+# ``stack_module_state`` makes one state of many models, ``functional_call`` a function
+# of one model, ``vmap`` calls it for all. **One entry of** ``in_dims`` **decides
+# whether all share a minibatch.** Whether one call is faster, you have to measure.
 #
 # Next
 # ----
 #
 # - ``plot_recipes.py``: what one does with an ensemble, a few lines each.
 # - ``plot_training.py`` trains all models with one optimizer.
-# - ``plot_when_vmap_pays.py`` says for which models and batches one call is faster.
+# - ``plot_state.py``: batch norm, dropout, tied weights.
+# - ``plot_when_vmap_pays.py`` has more sizes, and training;
+#   ``plot_fastest_ensemble.py`` makes loop and call faster.
 #
 # References
 # ----------
@@ -275,5 +329,5 @@ except ValueError as error:
 # - The original: ``plot_ensembling.py`` in `pytorch/functorch
 #   <https://github.com/pytorch/functorch>`_, 2021, and its page as built in 2022.
 # - B. Lakshminarayanan, A. Pritzel, C. Blundell: Simple and scalable predictive
-#   uncertainty estimation using deep ensembles, 2017,
-#   `arXiv:1612.01474 <https://arxiv.org/abs/1612.01474>`_.
+#   uncertainty estimation using deep ensembles, `arXiv:1612.01474
+#   <https://arxiv.org/abs/1612.01474>`_, 2017.
