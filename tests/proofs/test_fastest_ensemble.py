@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-loop = names_of("speed/plot_fastest_ensemble", "loop")["loop"]
+PAGE = names_of("speed/plot_fastest_ensemble", "call", "loop", "by_hand", "SimpleCNN")
+call, loop, by_hand, SimpleCNN = map(PAGE.get, ["call", "loop", "by_hand", "SimpleCNN"])
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +47,47 @@ def test_batch_sizes_take_the_loop_three_forms_but_vmap_of_convolutions_one_each
     def predict(params, buffers, x):
         return functional_call(models[0], (params, buffers), (x,), strict=True)
 
-    loops = [(models, list(x)) for x in minibatches]
-    assert 2 <= count_compiled(loop, loops) <= 3
+    loops = [pair for x in minibatches for pair in zip(models, x, strict=True)]
+    assert 2 <= count_compiled(call, loops) <= 3
     vmaps = [(params, buffers, x) for x in minibatches]
     assert count_compiled(vmap(predict), vmaps) == len(SIZES)
+
+
+def test_one_compiled_form_serves_all_models():
+    models = [SimpleCNN().requires_grad_(False) for _ in range(3)]
+    x = torch.randn(2, 1, 28, 28)
+    assert count_compiled(call, [(model, x) for model in models]) == 1
+
+
+def test_vmap_adds_biases_apart_and_copies_and_the_form_by_hand_does_not():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names.append(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    models = [SimpleCNN().requires_grad_(False) for _ in range(3)]
+    params, _ = stack_module_state(models)
+    x, results, seen = torch.randn(3, 2, 1, 28, 28), [], []
+
+    def predict(params, x):
+        return functional_call(models[0], params, (x,), strict=True)
+
+    for form in (vmap(predict), by_hand):
+        names = []
+        with Names():
+            results.append(form(params, x))
+        before_pooling = names[: names.index("aten::max_pool2d_with_indices")]
+        seen.append(
+            [before_pooling.count(f"aten::{n}") for n in ("add.Tensor", "clone")]
+        )
+    torch.testing.assert_close(*results)
+    assert seen == [[2, 1], [0, 0]]
+
+
+def test_a_layout_takes_a_form():
+    x = torch.ones(2, 3, 4, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert count_compiled(torch.sin, [(x,), (last,), (x,)]) == 2
 
 
 def test_a_dtype_and_a_number_of_threads_take_a_form_each():
@@ -91,10 +129,10 @@ def test_autocast_converts_weights_without_gradients_in_every_call(grad, second)
 def test_compiled_loop_follows_its_weights():
     models = [nn.Linear(3, 2).requires_grad_(False) for _ in range(2)]
     x = torch.ones(1, 3)
-    compiled = torch.compile(loop, backend="aot_eager")
-    before = compiled(models, [x, x])
+    compiled = torch.compile(call, backend="aot_eager")
+    before = loop(models, [x, x], compiled)
     models[1].weight += 1
-    after = compiled(models, [x, x])
+    after = loop(models, [x, x], compiled)
     assert torch.equal(after[0], before[0])
     assert torch.allclose(after[1], before[1] + 3)
 

@@ -2,13 +2,13 @@
 The fastest way to run ten CNNs
 ===============================
 
-Find the fastest way to predict with an ensemble of CNNs on your own machine: from the
-plain loop over the models to compiled code in bfloat16, each change with its number.
+Find the fastest way to predict with an ensemble of CNNs on your own machine: a ladder
+from the plain loop over the models to compiled code in bfloat16, each step measured.
 
-**In short.** Compile two forms, a loop over models in ``channels_last`` and ``vmap``,
-in the lowest precision that your results can bear, and keep the one that is faster on
-your machine. Layers that keep the device busy favor the loop, as convolutions on CPUs
-do; many small layers favor ``vmap``.
+**In short.** Compile two forms, a loop over the models in ``channels_last`` and
+``vmap``, and time both in the lowest precision that your results can bear. This page
+does so and says of each step how many bytes it moves, how near it comes to the speed of
+a matrix product, and whether it gained more than noise explains.
 
 Read ``plot_ensembling.py`` before; if you train, ``plot_training.py`` instead. The
 compiled ways need a C++ compiler, such as g++; on a GPU, Triton and a C compiler.
@@ -19,15 +19,19 @@ compiled ways need a C++ compiler, such as g++; on a GPU, Triton and a C compile
 # ------
 
 import copy
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.benchmark import Timer, timer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 torch.manual_seed(0)
@@ -37,8 +41,8 @@ conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 conv.fp32_precision = matmul.fp32_precision = "ieee"
 threads = torch.get_num_threads()
 where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} threads"
-print(f"{device.type}, {where}; float32 without TF32; prediction, so no gradients")
-warnings.filterwarnings("ignore", module="torch")  # of torch.compile; not to copy
+where, batch = f"{device.type}, {where}", 16 if device == cpu else 64
+print(f"{where}; ten models, {batch} images each")
 
 # %%
 # Ten networks that only predict, and a minibatch for each of them:
@@ -52,15 +56,15 @@ class SimpleCNN(nn.Module):
         self.fc1 = nn.Linear(9216, 128)
         self.fc2 = nn.Linear(128, 10)
 
-    def forward(self, x):  # [32, 1, 28, 28]
-        x = F.relu(self.conv1(x))  # [32, 32, 26, 26]
-        x = F.relu(self.conv2(x))  # [32, 64, 24, 24]
-        x = torch.flatten(F.max_pool2d(x, 2), 1)  # [32, 9216]
-        return self.fc2(F.relu(self.fc1(x)))  # [32, 10]
+    def forward(self, x):  # [batch, 1, 28, 28]
+        x = F.relu(self.conv1(x))  # [batch, 32, 26, 26]
+        x = F.relu(self.conv2(x))  # [batch, 64, 24, 24]
+        x = torch.flatten(F.max_pool2d(x, 2), 1)  # [batch, 9216]
+        return self.fc2(F.relu(self.fc1(x)))  # [batch, 10]
 
 
 models = [SimpleCNN().requires_grad_(False).to(device) for _ in range(10)]
-minibatches = torch.randn(10, 32, 1, 28, 28).to(device)
+minibatches = torch.randn(10, batch, 1, 28, 28).to(device)
 
 # %%
 # The two forms to copy
@@ -72,11 +76,15 @@ models_last = [copy.deepcopy(model).to(memory_format=last) for model in models]
 minibatches_last = [x.contiguous(memory_format=last) for x in minibatches]
 
 
-def loop(models, minibatches):
-    return torch.stack([m(x) for m, x in zip(models, minibatches, strict=True)])
+def call(model, x):
+    return model(x)
 
 
-compiled_loop = torch.compile(loop)
+def loop(models, minibatches, call=call):
+    return torch.stack([call(m, x) for m, x in zip(models, minibatches, strict=True)])
+
+
+compiled_call = torch.compile(call)  # once for all models
 
 # Second form: all models in one call.
 params, buffers = stack_module_state(models)
@@ -95,8 +103,9 @@ compiled_vmap = torch.compile(vmap(predict))
 
 start, compiler = timer(), True  # this timer waits for a GPU
 try:
-    logits = compiled_loop(models_last, minibatches_last)  # [10, 32, 10]
-    logits = compiled_vmap(params, buffers, minibatches)  # [10, 32, 10]
+    with warnings.catch_warnings(action="ignore"):  # torch's remarks on itself
+        logits = loop(models_last, minibatches_last, compiled_call)  # [10, batch, 10]
+        logits = compiled_vmap(params, buffers, minibatches)  # [10, batch, 10]
     print(f"compiling both took {timer() - start:.1f} s")
 except RuntimeError as problem:
     compiler = False
@@ -104,234 +113,337 @@ except RuntimeError as problem:
     print("The compiled ways are left out.")
 
 # %%
-# If compiling fails, call ``loop`` and ``vmap(predict)`` with the same arguments. For
-# bfloat16, convert first: ``model.to(torch.bfloat16)``, and the minibatches too. The
-# rest of this page is the ladder from the plain loop to these forms.
+# If compiling fails, call ``loop`` without ``compiled_call``, and ``vmap(predict)``.
+# For bfloat16, convert first: ``model.to(torch.bfloat16)``, and the minibatches too.
+# The compiled code of the loop serves every model, and weights are not frozen into it:
+# what you change in them counts in the next call (both tested). The rest of this page
+# is the ladder from the plain loop to these forms.
 #
 # How each step gets its number
 # -----------------------------
 #
-# Its logits must be those of float64 on the CPU. Then it takes turns with the step that
-# it changes and with the plain loop. Compare the ratios, which come from within a turn;
-# the milliseconds drift with the processor's clock.
-
-models64 = [copy.deepcopy(model).to("cpu", torch.float64) for model in models]
-exact = loop(models64, minibatches.to("cpu", torch.float64))
+# The ways that are compared take turns, so that drift and other programs meet all of
+# them alike. A difference counts if it is more than noise can explain.
 
 
-def in_turns(*functions, rounds=5):
-    """Seconds of one call, a row for each function; columns are turns."""
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
-    turns = [
-        [t.blocked_autorange(min_run_time=0.02).median for t in timers]
-        for _ in range(rounds)
-    ]
-    return torch.tensor(turns).T
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
 # %%
+# All models have the same work, but not the same traffic. This counts the operations of
+# four forms, and the bytes that their operators read and write, as if no cache kept
+# any. The fourth form is ``vmap`` by hand: the channels of all members stand side by
+# side, and a convolution with groups keeps them apart.
 
 
-def step(name, function, after="loop", tolerance=1e-5):
-    """Check a way; time it beside the step that it changes and the loop."""
+def by_hand(params, x):  # [10, batch, 1, 28, 28]
+    (w1, b1, w2, b2, w3, b3, w4, b4), n = params.values(), len(x)
+    x = x.transpose(0, 1).flatten(1, 2)  # [batch, 10, 28, 28]
+    x = F.relu(F.conv2d(x, w1.flatten(0, 1), b1.flatten(), groups=n))
+    x = F.relu(F.conv2d(x, w2.flatten(0, 1), b2.flatten(), groups=n))
+    x = F.max_pool2d(x, 2).unflatten(1, (n, 64)).flatten(2)  # [batch, 10, 9216]
+    x = F.relu(torch.baddbmm(b3[:, None], x.transpose(0, 1), w3.mT))
+    return torch.baddbmm(b4[:, None], x, w4.mT)  # [10, batch, 10]
+
+
+class Traffic(TorchDispatchMode):
+    every = products = 0  # bytes
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result, name = operator(*args, **(kwargs or {})), str(operator)
+        if not (operator.is_view or "_unsafe_view" in name):
+            tensors = [t for t in tree_leaves((args, result)) if torch.is_tensor(t)]
+            size = sum(t.nbytes for t in tensors)
+            self.every += size
+            self.products += size * ("conv" in name or "mm" in name)
+        return result
+
+
+ways = {
+    "loop": partial(loop, models, minibatches),
+    "loop in channels_last": partial(loop, models_last, minibatches_last),
+    "vmap": partial(vmap(predict), params, buffers, minibatches),
+    "vmap by hand": partial(by_hand, params, minibatches),
+}
+moved = {}
+for name, way in ways.items():
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
+        way()
+    flops, moved[name] = counter.get_total_flops(), traffic.every
+    print(f"{name:21} {flops / 1e9:.2f}e9 operations, {traffic.every / 1e6:4.0f} MB")
+moved["products"] = traffic.products
+print(f"convolutions and products alone: {traffic.products / 1e6:.0f} MB in each form")
+
+# %%
+# ``vmap`` moves more than the same by hand: it adds biases in passes of their own, and
+# copies activations before it pools (tested). PyTorch's compiler joins such passes, but
+# leaves convolutions and products to libraries, so a compiled way still moves at least
+# what these move.
+#
+# How fast could it be?
+# ---------------------
+#
+# The **roof** is the speed of a wide matrix product in float32, which is easy work for
+# a library. A way with few operations for each byte has a lower roof, the speed of a
+# copy, unless a cache holds what it moves.
+
+rows = 4 if device == cpu else 256
+wide = torch.randn(rows, 1024, 16, 16, device=device).contiguous(memory_format=last)
+kernels = torch.randn(1024, 1024, 1, 1, device=device)
+source = torch.randn(10, batch, 64, 24, 24, device=device)  # what conv2 returns
+target = torch.empty_like(source)
+
+
+def product(x, w):  # on a CPU by the library that convolves
+    if device == cpu:
+        return F.conv2d(x, w)
+    return F.linear(x.movedim(1, -1), w.flatten(1))
+
+
+easiest, half = partial(product, wide, kernels), torch.bfloat16
+easiest16 = partial(product, wide.to(half), kernels.to(half))
+easy, easy16, copied = in_turns(easiest, easiest16, partial(target.copy_, source))
+easy_flops = 2 * rows * 16 * 16 * 1024**2
+peak, bandwidth = easy_flops / easy[0], 2 * source.nbytes / copied[0]
+print(
+    f"product {peak / 1e9:,.0f}e9 operations a second, copy {bandwidth / 1e9:,.1f} GB/s"
+)
+print(f"the copy bounds what has less than {peak / bandwidth:.1f} operations a byte")
+print(f"the product in bfloat16 against float32: {said(*easy16[1:])}")
+
+# %%
+# Each step below has to return the logits that float64 gives on the CPU. Then it takes
+# turns, in a call of its own, with the step before, perhaps with others, and with the
+# product: a share of the roof compares times of the same seconds. Compare ratios, not
+# milliseconds of two calls.
+
+models64 = [copy.deepcopy(model).to("cpu", torch.float64) for model in models]
+exact = loop(models64, minibatches.to("cpu", torch.float64))
+steps = {}
+
+
+def step(name, way, *before, tolerance=1e-5):
+    """Check a way; compare it with others and with the roof."""
     if "compiled" in name and not compiler:
         return
-    error = (function().to("cpu", torch.float64) - exact).abs().max().item()
-    assert error < tolerance, f"{name}: a logit is {error:.0e} off from float64"
-    functions[name] = function
-    beside = list(dict.fromkeys([name, after, "loop"]))
-    seconds = in_turns(*map(functions.get, beside))
-    gains = seconds / seconds[0]
-    ways[name] = *(f(gains[-1]).item() for f in (torch.median, min, max)), error
-    text = f"{name}: {seconds[0].median() * 1e3:.2f} ms"
-    for other, gain in zip(beside[1:], gains.median(1).values[1:], strict=True):
-        word = "fast" if gain > 1 else "slow"
-        text += f", {max(gain, 1 / gain):.2f}x as {word} as {other}"
-    print(text)
+    with warnings.catch_warnings(action="ignore"):  # torch's remarks on itself
+        off = (way().to("cpu", torch.float64) - exact).abs().max().item()
+    assert off < tolerance, f"{name}: a logit is {off:.0e} off from float64"
+    ways[name] = way
+    (time, *_), *others = in_turns(way, *map(ways.get, before), easiest)
+    *gains, easy = [(1 / gain, 1 / high, 1 / low) for _, gain, low, high in others]
+    share = [flops / easy_flops * gain for gain in easy]
+    least, form = "compiled" in name, max((f for f in moved if f in name), key=len)
+    size = moved["products" if least else form] / (2 if "16" in name else 1)
+    steps[name] = size, share, dict(zip(before, gains, strict=True))
+    roof = "{:.0%} of the roof ({:.0%} to {:.0%})".format(*share)
+    bound = "at least " if least else ""
+    print(f"{name}: {time * 1e3:.1f} ms, {roof}, {bound}{size / 1e6:.0f} MB")
+    for other, gain in steps[name][-1].items():
+        print(f"    against {other}: {said(*gain)}")
 
+
+print(f"{where}; float32 without TF32, unless named; no gradients; after four calls:")
+print(
+    f"median of seven turns or more (its 95 % interval); {flops / 1e9:.2f}e9 operations"
+)
 
 # %%
 # Step 0: the plain loop
 # ----------------------
 
-
-def plain_loop():
-    return loop(models, minibatches)
-
-
-functions, ways = {}, {}
-step("loop", plain_loop)
+step("loop", ways["loop"])
 
 # %%
 # Step 1 (on step 0): all models in one call
 # ------------------------------------------
 #
-# ``vmap`` starts each layer once instead of ten times. That wins where starting a layer
-# takes longer than running it. It loses where the work decides: the ten convolutions
-# become one with ten groups, and the activations of ten models no longer fit a cache.
+# ``vmap`` starts each layer once instead of ten times, which gains where starting takes
+# longer than the work. It loses where its further bytes count, or its convolutions with
+# ten groups do, for which libraries may have slower code (pytorch#73764).
 
-step("vmap", lambda: vmap(predict)(params, buffers, minibatches))
+step("vmap", ways["vmap"], "loop")
 
 # %%
 # Step 2 (on step 0): channels last
 # ---------------------------------
 #
-# The plain loop, but the channels of a pixel lie side by side in memory. Most libraries
-# compute in this layout, and rearrange activations that have another.
+# The plain loop, but the channels of a pixel lie side by side in memory. This gains
+# where the library has its fastest code for this layout, and loses where it has not.
 
-step("loop in channels_last", lambda: loop(models_last, minibatches_last))
+step("loop in channels_last", ways["loop in channels_last"], "loop")
 
 # %%
 # Step 3 (on step 2): compile the loop
 # ------------------------------------
 #
-# The compiler joins activations and pooling, which saves passes over the memory. It
-# also writes the loop out, so its time grows with the number of models; for hundreds,
-# compile ``predict`` and call it for each model. Weights are not frozen, here or in any
-# way below: what you change in them counts in the next call.
+# The compiler joins activations and pooling, which saves passes over memory. It gains
+# little where convolutions take nearly all of the time. First without step 2, then on
+# it:
 
-before = "loop in channels_last"
-step("compiled loop", lambda: compiled_loop(models_last, minibatches_last), before)
+step("compiled loop", partial(loop, models, minibatches, compiled_call), "loop")
+best = "compiled loop in channels_last"
+way = partial(loop, models_last, minibatches_last, compiled_call)
+step(best, way, "loop in channels_last", "compiled loop", "loop")
 
 # %%
+# **If no difference between the two compiled loops was seen,** you need not care for
+# the layout: the compiler may choose one itself. **If the second is faster,** keep it.
+#
 # Step 4 (on step 1): compile vmap
 # --------------------------------
 #
-# The convolution with groups stays; what stands around it is joined. So this gains most
-# where biases, activations and fresh memory took the time.
+# The same is joined around convolutions with groups. Then by hand, with a bias inside
+# its convolution:
 
-step("compiled vmap", lambda: compiled_vmap(params, buffers, minibatches), "vmap")
+way = partial(compiled_vmap, params, buffers, minibatches)
+step("compiled vmap", way, "vmap", best, "loop")
+way = partial(torch.compile(by_hand), params, minibatches)
+step("compiled vmap by hand", way, "compiled vmap", best)
+
+# %%
+# Both call convolutions with the same groups. **If the one by hand is faster,** the
+# passes around them probably cost the difference; to rewrite a model in this way pays
+# only then. **If even this is slower than the compiled loop,** groups or large tensors
+# probably cost the rest.
+#
+# Step 5 (on steps 2 to 4): fewer bits
+# ------------------------------------
+#
+# bfloat16 stores 7 bits of fraction in half of the bytes. Some processors multiply in
+# it faster than in float32 (AMX on CPUs, tensor cores on GPUs). **If the product above
+# gained,** yours does, and this step can gain much. **If not,** only the bytes can
+# gain, and this step may lose. Convert the models once: ``torch.autocast`` would
+# convert weights without gradients in every call (tested). ``plot_how_equal.py`` tests
+# what your results bear.
+
+models16 = [copy.deepcopy(model).to(half) for model in models_last]
+way = partial(loop, models16, [x.to(half) for x in minibatches_last], compiled_call)
+step("compiled loop in bfloat16", way, best, "loop", tolerance=1e-2)
 
 # %%
 # Two side steps (on step 2): threads, or a CUDA graph
 # ----------------------------------------------------
 #
-# One for each kind of device. On a CPU, each core takes a model of its own, where
-# before all cores shared each layer; this needs at least as many models as cores. On an
-# NVIDIA GPU, a CUDA graph records the whole loop and starts it as one. It works in
-# fixed memory: copy new inputs into the old ones, and copy the logits before the next
-# call. ``torch.compile(loop, mode="reduce-overhead")`` compiles and records, but is for
-# modules: it copies stacked parameters in every call (pytorch#121861).
+# With threads, each core takes a model of its own, where before all cores shared each
+# layer and waited for the slowest. Beside other programs these waits are long, so a
+# gain here may vanish on a quiet machine.
 
 
-def threaded_loop():
-    return torch.stack(list(pool.map(lambda m, x: m(x), models_last, minibatches_last)))
+def in_threads():
+    return torch.stack([*pool.map(call, models_last, minibatches_last)])
 
 
-def replay():
-    graph.replay()
-    return recorded
-
-
-if device.type == "cpu":
-    one_each = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ThreadPoolExecutor(threads, **one_each) as pool:
-        step("loop in threads", threaded_loop, before)
-if device.type == "cuda":
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = loop(models_last, minibatches_last)
-    step("loop as CUDA graph", replay, before)
+with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
+    step("loop in channels_last, threads", in_threads, "loop in channels_last")
 
 # %%
-# Step 5 (on steps 2 to 4): fewer bits
-# ------------------------------------
-#
-# bfloat16 stores 7 bits of fraction: a gain where the processor has instructions for
-# it, a loss where it has none. Convert the models once: ``torch.autocast`` would
-# convert weights without gradients in every call (tested). TF32, on NVIDIA GPUs,
-# shortens the factors of products to 10 bits; it stays out of the compiled ways, as its
-# new switches stopped ``torch.compile`` in torch 2.9 and 2.10 (pytorch#166387). Whether
-# your results bear either, ``plot_how_equal.py`` finds out.
+# An NVIDIA GPU has more. A CUDA graph records all that a way starts, and starts it
+# as one. It works in fixed memory: copy new inputs into the old ones, and copy the
+# logits before the next call. ``mode="reduce-overhead"`` compiles and records, but
+# copies the stacked parameters in every call (pytorch#121861). ``cudnn.benchmark`` lets
+# cuDNN try its algorithms.
 
 
-def tf32_loop():
-    conv.fp32_precision = matmul.fp32_precision = "tf32"
-    logits = loop(models_last, minibatches_last)
-    conv.fp32_precision = matmul.fp32_precision = "ieee"
+def recorded(way):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = way()
+    return lambda: (graph.replay(), logits)[1]
+
+
+def benchmarked():
+    torch.backends.cudnn.benchmark = True
+    logits = ways["loop in channels_last"]()
+    torch.backends.cudnn.benchmark = False
     return logits
 
 
-short = torch.bfloat16
-models16 = [copy.deepcopy(model).to(short) for model in models_last]
-minibatches16 = [x.to(short) for x in minibatches_last]
-loop16 = "compiled loop in bfloat16"
-step(loop16, lambda: compiled_loop(models16, minibatches16), "compiled loop", 1e-2)
 if device.type == "cuda":
-    params16 = {name: p.to(short) for name, p in params.items()}
-    x16, vmap16 = minibatches.to(short), "compiled vmap in bfloat16"
-    step(vmap16, lambda: compiled_vmap(params16, buffers, x16), "compiled vmap", 1e-2)
-    step("loop in TF32", tf32_loop, before, 1e-2)
-
-# %%
-# How fast could it be?
-# ---------------------
-#
-# A library's easiest work is a wide convolution with kernels of one pixel. The
-# **ceiling** is the speed of a loop that does all its arithmetic at that rate, in
-# float32.
-
-with FlopCounterMode(display=False) as counter:
-    plain_loop()
-flops = counter.get_total_flops()
-
-rows = 16 if device.type == "cpu" else 256
-wide = torch.randn(rows, 1024, 16, 16, device=device).contiguous(memory_format=last)
-kernels = torch.randn(1024, 1024, 1, 1, device=device)
-wide_flops = 2 * rows * 16 * 16 * 1024**2
-plain, easiest = in_turns(plain_loop, lambda: F.conv2d(wide, kernels))
-ceiling = (plain / flops * wide_flops / easiest).median().item()
-print(f"{flops / 1e9:.2f}e9 operations; ceiling: {ceiling:.2f}x as fast as the loop")
+    step("loop in channels_last, benchmark", benchmarked, "loop in channels_last")
+    reduced = torch.compile(vmap(predict), mode="reduce-overhead")
+    way = partial(reduced, params, buffers, minibatches)
+    step("compiled vmap, reduce-overhead", way, "compiled vmap")
+    params16 = {name: p.to(half) for name, p in params.items()}
+    way = partial(compiled_vmap, params16, buffers, minibatches.to(half))
+    step("compiled vmap in bfloat16", way, "compiled vmap", tolerance=1e-2)
+    for name in [name for name in steps if "," not in name]:
+        bound = 1e-2 if "bfloat16" in name else 1e-5
+        step(f"{name}, graph", recorded(ways[name]), name, tolerance=bound)
 
 # %%
 # Which way is the fastest here?
 # ------------------------------
 #
-# Sorted by the median ratio to the loop, with the range of five turns. Differences
-# within these ranges mean nothing.
+# Of the two forms to copy, in float32, the call of step 4 says it. The table has the
+# steps that gained nothing over the step before.
 
-ranked = sorted(ways, key=ways.get, reverse=True)
-print(f"{'':26}as fast as the loop   largest error")
-for name in ranked:
-    gain, low, high, error = ways[name]
-    print(f"{name:26}{gain:5.2f}x ({low:.2f} to {high:.2f}){error:13.0e}")
-
-print(f"\nFastest here: {ranked[0]}, {ways[ranked[0]][0]:.1f}x as fast as the loop.")
-best = next(name for name in ranked if not name.endswith(("bfloat16", "TF32")))
-print(f"In float32: {best}, {ways[best][0]:.1f}x; the ceiling is {ceiling:.1f}x.")
+pair = ("compiled vmap", best) if compiler else ("vmap", "loop")
+verdict = (
+    f"{pair[0].capitalize()} against {pair[1]}: {said(*steps[pair[0]][-1][pair[1]])}."
+)
+print(verdict)
+for name, (*_, gains) in steps.items():
+    for before, gain in [*gains.items()][:1]:
+        if gain[1] <= 1.02:
+            print(f"no gain: {name} against {before}: {said(*gain)}")
 
 # %%
-fig, ax = plt.subplots(layout="constrained")
-for name in reversed(ranked):
-    gain, low, high, _ = ways[name]
-    color, bar = "C1" if "vmap" in name else "C0", f"{name}  {gain:.2f}x"
-    hatch = {"hatch": "//", "fill": False} if "compiled" in name else {}
-    ax.barh(bar, gain, color=color, edgecolor=color, **hatch)
-    ax.plot([low, high], [bar, bar], color="C5", linewidth=3)
-ax.axvline(1, color="C5", linestyle=":", label="the loop")
-ax.axvline(ceiling, color="C2", linestyle="--", label="ceiling in float32")
-ax.set_xlabel("times as fast as the loop (gray: range)")
-title = f"Ten CNNs, float32 unless named; {device.type}, {where}"
-fig.suptitle(f"{title}\nvmap in orange, compiled ways hatched", fontsize="medium")
-fig.legend(loc="outside lower center", ncols=2)
-listing = ", ".join(f"{name} {ways[name][0]:.2f}" for name in ranked)
+fig, ax = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+x = torch.logspace(math.log10(5), math.log10(200), 50)
+ax.loglog(x, (x * bandwidth / peak).clamp(max=1), color="C5", label="roof")
+markers = "osD^v<>pPXhH8d*1234+x"
+for marker, (name, (size, share, _)) in zip(markers, steps.items(), strict=False):
+    mid, low, high = share
+    color, fill = "C1" if "vmap" in name else "C0", "full" if "comp" in name else "none"
+    look = {"fmt": marker, "color": color, "fillstyle": fill, "label": name}
+    ax.errorbar(flops / size, mid, [[mid - low], [high - mid]], **look)
+ax.set_xlabel("operations for each byte (compiled, filled: at most)")
+ax.set_ylabel("share of the roof, float32")
+ax.set_title(f"Ten CNNs under one roof, {where}")
+fig.legend(loc="outside lower center", ncols=2, fontsize="small")
+listing = ", ".join(f"{name} {share[0]:.0%}" for name, (_, share, _) in steps.items())
 fig.set_label(
-    f"Bars for how many times as fast as the loop each way is: {listing}. A line at 1 "
-    f"is the loop, one at {ceiling:.2f} the ceiling in float32."
+    "Shares of the roof against operations for each byte; the roof rises with the "
+    f"speed of a copy and is flat at that of a product: {listing}. {verdict}"
 )
 
 # %%
-# **A loop that wins** has layers large enough to fill the device and activations small
-# enough for its caches. What helps one model then helps all: layout, compiler, fewer
-# bits. **A vmap that wins** says that single layers were too small for the device. More
-# models, or smaller minibatches, move you towards it; ``plot_when_vmap_pays.py`` finds
-# the point.
+# **If the loop is faster,** what helps one model helps all: layout, compiler, fewer
+# bits. **If vmap is faster,** to start single layers probably took long: their work is
+# small, or cores wait for each other at each start, as they do beside other programs.
+# **If no difference was seen,** keep the form that is easier to read.
+# ``plot_when_vmap_pays.py`` finds from how many models on ``vmap`` wins.
 #
-# **Below the ceiling** you pay for what is no wide convolution: a first layer with one
-# input channel, pooling, weights of ``fc1`` that only 32 images share. If the best way
-# in float32 stays below half of it, look for what is missing. **Above it** are fewer
-# bits, or another algorithm: Winograd's needs 2.25 to 4 times fewer multiplications for
-# kernels of 3 by 3.
+# **Below the roof,** a way probably pays for what is no wide product: a first layer
+# with one input channel, pooling, weights of ``fc1`` that few images share. **Above
+# it** are fewer bits, or an algorithm with fewer multiplications, such as Winograd's.
 #
 # Ask for the layout inside vmap
 # ------------------------------
@@ -351,35 +463,36 @@ else:
     raise AssertionError("vmap took a layout that this page says it refuses")
 
 # %%
-# Under ``vmap`` a tensor has a dimension that the function cannot see, so it cannot
-# order them all. Leave the layout to the loop.
+# Under ``vmap`` a tensor has a dimension that the function cannot see, so the function
+# cannot order them all. Leave the layout to the loop.
 #
 # Remember
 # --------
 #
-# - Settle precision and layout first: they help the loop on every kind of device.
-# - For convolutions on a CPU take the loop in ``channels_last``, compiled if you can;
-#   on a GPU compile the loop and ``vmap``, and time both.
-# - A compiled function keeps eight compiled forms, then runs uncompiled. A new dtype or
-#   number of threads takes one. Varying batch sizes take the loop two or three in all,
-#   but ``vmap`` over convolutions one each (tested): pad them to a few sizes.
+# - Compile the loop and ``vmap``, and time both in turns: which one wins depends on the
+#   device and on the size of the layers.
+# - Time bfloat16 before you take it: it can lose where its product is not faster.
+# - A compiled function keeps eight compiled forms, then runs uncompiled. A new dtype,
+#   layout or number of threads takes one. Varying batch sizes take the loop two or
+#   three in all, but ``vmap`` over convolutions one each (tested): pad them to a few
+#   sizes.
 #
 # Next
 # ----
 #
 # - ``plot_how_equal.py``: what fewer bits do to your results.
+# - ``plot_what_vmap_runs.py``: where the milliseconds of ``vmap`` go.
 # - ``plot_memory.py``: what ``vmap`` costs in memory, and how chunks help.
 #
 # References
 # ----------
 #
-# - S. Boehm: How to optimize a CUDA matmul kernel for cuBLAS-like performance, a
-#   worklog, 2022, `siboehm.com <https://siboehm.com/articles/22/CUDA-MMM>`_.
-# - A. Lavin, S. Gray: Fast algorithms for convolutional neural networks (Winograd),
+# - Williams, Waterman and Patterson: Roofline, 2009,
+#   `doi:10.1145/1498765.1498785 <https://doi.org/10.1145/1498765.1498785>`_.
+# - Lavin and Gray: Fast algorithms for convolutional neural networks (Winograd),
 #   2016, `arXiv:1509.09308 <https://arxiv.org/abs/1509.09308>`_.
 # - Grouped convolutions slower than many single ones:
 #   `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_.
-# - The compiler, TF32's new switches:
-#   `pytorch#166387 <https://github.com/pytorch/pytorch/issues/166387>`_; eight forms:
+# - The compiler's eight forms:
 #   `pytorch#124269 <https://github.com/pytorch/pytorch/issues/124269>`_; inputs copied:
 #   `pytorch#121861 <https://github.com/pytorch/pytorch/issues/121861>`_.
