@@ -232,7 +232,7 @@ easy, easy16, copied = in_turns(easiest, easiest16, partial(target.copy_, source
 easy_flops = 2 * rows * 16 * 16 * 1024**2
 peak, bandwidth = easy_flops / easy[0], 2 * source.nbytes / copied[0]
 print(
-    f"product {peak / 1e9:,.0f}e9 operations a second, copy {bandwidth / 1e9:,.1f} GB/s"
+    f"product {peak / 1e9:.0f}e9 operations a second, copy {bandwidth / 1e9:.1f} GB/s"
 )
 print(f"the copy bounds what has less than {peak / bandwidth:.1f} operations a byte")
 print(f"the product in bfloat16 against float32: {said(*easy16[1:])}")
@@ -243,8 +243,8 @@ print(f"the product in bfloat16 against float32: {said(*easy16[1:])}")
 # product: a share of the roof compares times of the same seconds. Compare ratios, not
 # milliseconds of two calls.
 
-models64 = [copy.deepcopy(model).to("cpu", torch.float64) for model in models]
-exact = loop(models64, minibatches.to("cpu", torch.float64))
+models64 = [copy.deepcopy(model).cpu().double() for model in models]
+exact = loop(models64, minibatches.cpu().double())
 steps = {}
 
 
@@ -253,7 +253,7 @@ def step(name, way, *before, tolerance=1e-5):
     if "compiled" in name and not compiler:
         return
     with warnings.catch_warnings(action="ignore"):  # torch's remarks on itself
-        off = (way().to("cpu", torch.float64) - exact).abs().max().item()
+        off = (way().cpu().double() - exact).abs().max().item()
     assert off < tolerance, f"{name}: a logit is {off:.0e} off from float64"
     ways[name] = way
     (time, *_), *others = in_turns(way, *map(ways.get, before), easiest)
