@@ -109,19 +109,19 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # --------------------
 #
 # One large kernel may add numbers in another order than ten small ones. On a CPU, two
-# logits *a* and *b* may differ by 1e-6 (1 + abs(b)); elsewhere, by 224 roundings of the
-# largest one (``plot_how_equal.py``). The judge is float64, on the CPU.
+# logits *a* and *b* may differ by 1e-6 (1 + abs(b)); elsewhere, by about 224 roundings
+# of the largest one (``plot_how_equal.py``). The judge is float64, on the CPU.
 
 
 def in64(state):
-    return {key: tensor.to("cpu", torch.float64) for key, tensor in state.items()}
+    return {key: tensor.cpu().double() for key, tensor in state.items()}
 
 
 with torch.no_grad():
     loop_own = torch.stack([m(x) for m, x in zip(models, minibatches, strict=True)])
     loop_shared = torch.stack([m(minibatch) for m in models])
 
-    few = minibatches[:, :8].to("cpu", torch.float64)  # eight images for each model
+    few = minibatches[:, :8].cpu().double()  # eight images for each model
     own64 = vmap(predict)(in64(params), buffers, few)
     pairs = zip(models, few, strict=True)
     loop64 = torch.stack([predict(in64(m.state_dict()), {}, x) for m, x in pairs])
@@ -183,6 +183,11 @@ def said(gain, low, high):
     return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
+# %%
+# Both ways return one stacked tensor. After three calls each to warm up, they take
+# turns, at least seven:
+
+
 @torch.no_grad()
 def compare(make, inputs):
     """A model for each of the inputs, in a loop and in one call."""
@@ -197,14 +202,12 @@ def compare(make, inputs):
     )
 
 
-# %%
-# Each CNN has its own 64 images, each MLP its own 32 rows of 64 numbers. After three
-# calls to warm up, both ways take turns, at least seven.
-
-
 def small_mlp():
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
+
+# %%
+# Each CNN has its own 64 images, each MLP its own 32 rows of 64 numbers:
 
 cases = {
     "SimpleCNN": (SimpleCNN, data[: 10 if device == cpu else 100]),
@@ -246,12 +249,12 @@ fig.set_label(
 
 # %%
 # **Where one call is faster**, it probably saves calls that leave the device waiting.
-# **Where it is slower for few small models**, ``vmap`` probably takes longer than what
-# it saves. **For many small models** it can be slower beside other programs on a CPU,
+# **Where it is slower for a few small models**, ``vmap`` probably takes longer than it
+# saves. **For many small models** it can be slower beside other programs on a CPU,
 # probably because it waits for all threads: try ``OMP_NUM_THREADS=1``. **Where it is
-# slower for CNNs**, ``plot_what_vmap_runs.py`` says why. The example's authors saw both
-# with ten CNNs in 2022: 4.91 ms (loop) against 2.07 on an A100 GPU, 5.81 against 6.34
-# where their page was built.
+# slower for CNNs**, see ``plot_what_vmap_runs.py``. The example's authors saw both with
+# ten CNNs in 2022: 4.91 ms (loop) against 2.07 on an A100 GPU, 5.81 against 6.34 where
+# their page was built.
 #
 # Combine the ten predictions
 # ---------------------------
@@ -305,7 +308,8 @@ except ValueError as error:
 
 # %%
 # The cure is ``in_dims=(0, 0, None)``. With ten images in the batch, the sizes would
-# agree and every model would get one image: look at the shape of the result, too.
+# agree and each model would get one image. Linear layers compute that without an error
+# (tested), so look at the shape of the result, too.
 #
 # Remember
 # --------
