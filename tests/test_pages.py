@@ -38,6 +38,7 @@ UNDOCUMENTED = {
     "torch.long",
     "torch.nan",
     "torch.pi",
+    "torch.utils.benchmark.timer",
 }
 
 

@@ -10,7 +10,7 @@ from pages import defined_in, functions_of, names_of, pages_of
 SECTIONS = ["basics", "training", "speed", "uncertainty", "scale", "beyond"]
 PAGES = [page for section in SECTIONS for page in pages_of(section)]
 COMPARING = [page for page in PAGES if "in_turns" in defined_in(page)]
-FLAGSHIP = "basics/plot_ensembling"
+MODEL = "training/plot_training"
 
 
 def test_the_lines_are_the_same_on_all_pages():
@@ -21,7 +21,7 @@ def test_the_lines_are_the_same_on_all_pages():
             for page in COMPARING
             if name in defined_in(page)
         }
-        assert len(texts) == 1, f"copy {name} as {FLAGSHIP} has it"
+        assert len(texts) == 1, f"copy {name} as {MODEL} has it"
 
 
 class Host:
@@ -48,7 +48,7 @@ def verdicts(ratio, busy, base, times):
     words = []
     for seed in range(times):
         host = Host(busy, seed)
-        page = names_of(FLAGSHIP, "in_turns", "said")
+        page = names_of(MODEL, "in_turns", "said")
         page["timer"] = lambda host=host: host.now
         ways = [lambda c=c, host=host: host.work(c) for c in (ratio * base, base)]
         first, (seconds, *gain) = page["in_turns"](*ways)
@@ -70,7 +70,7 @@ def test_equal_ways_are_seldom_called_different_and_1_5_is_told(busy, base):
 
 
 def test_the_words_say_which_way_and_how_far():
-    said = names_of(FLAGSHIP, "said")["said"]
+    said = names_of(MODEL, "said")["said"]
     assert said(2, 1.5, 3) == "2x faster (1.5 to 3)"
     assert said(0.5, 0.25, 0.8) == "2x slower (1.25 to 4)"
     for interval in [(0.9, 1.1), (1.01, 1.2), (0.9, 0.99)]:
