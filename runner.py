@@ -580,6 +580,8 @@ def run_all(pages, folder, command, options):
     each, and the archive holds what is there.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    if pages and os.getloadavg()[0] > os.cpu_count() / 2:
+        print("this machine is busy with other work: times will be noisy")
     came = {page: ("left", "") for page in pages}
     last = {page: seconds_of(page, folder) for page in pages}
     try:
@@ -595,13 +597,16 @@ def run_all(pages, folder, command, options):
                 pack(folder, options.pack)
     except KeyboardInterrupt:
         print("interrupted")
-    if len(pages) > 1:
+    if pages:
         print_columns(
             [[word, name_of(page), why] for page, (word, why) in came.items()]
         )
     words = [word for word, _ in came.values()]
     if wrong := len(words) - words.count("done"):
         print(f"{wrong} of {len(pages)} pages did not succeed")
+    if pages and not options.show:
+        packed = f", packed in {options.pack}" if options.pack else ""
+        print(f"what was done stands in {folder.relative_to(ROOT)}{packed}")
     return wrong > 0
 
 
@@ -626,7 +631,10 @@ def torch_trouble():
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return f"{sys.executable} has no torch, which every page needs"
+        return (
+            f"{sys.executable} has no torch, which every page needs. In the repository "
+            "make .venv/ready installs all that pages need: use .venv/bin/python"
+        )
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"torch {version} is too old: pages need {oldest} or newer"

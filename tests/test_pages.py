@@ -79,7 +79,8 @@ def test_page_shows_what_ran_on_every_machine(page, site, tutorial):
 def test_the_answer_comes_first(page):
     """Two sentences under the title, before any code."""
     paragraphs = [p.text for p in page.select("section > p")]
-    assert paragraphs[1].startswith("In short."), paragraphs[:3]
+    second = paragraphs[1]
+    assert second.startswith("In short."), f"begin it with **In short.**: {second}"
 
 
 def test_figures_are_small_and_have_an_alternative_text(page, html, tutorial):
@@ -144,16 +145,18 @@ def test_a_gallery_with_unknown_thumbnails_fails():
 
 def test_page_has_its_line_its_row_and_its_next(tutorial):
     """In tutorials/pages.toml, on the landing page, and where a page says "Next"."""
-    listed = list(runner.listed())
-    assert len(listed) == len(TUTORIALS), "tutorials/pages.toml: a line for each page"
-    assert name_of(tutorial) in listed
+    name, listed = name_of(tutorial), set(runner.listed())
+    assert name in listed, f"{name} has no line in tutorials/pages.toml"
+    gone = listed - {name_of(page) for page in TUTORIALS}
+    assert not gone, f"tutorials/pages.toml names pages that are gone: {gone}"
     landing = (ROOT / "index.rst").read_text()
-    assert f"auto_tutorials/{name_of(tutorial)}" in landing, "index.rst: its question"
+    assert f"auto_tutorials/{name}" in landing, f"index.rst: a row that links to {name}"
     here = TUTORIALS.index(tutorial)
     for page, follows in itertools.pairwise(TUTORIALS[max(here - 1, 0) : here + 2]):
-        text = page.read_text(encoding="utf-8").split("\n# Next\n# ----\n")[1]
+        _, found, text = page.read_text("utf-8").partition("\n# Next\n# ----\n")
+        assert found, f"{page.stem} has no section Next, see step 9"
         first = re.search("``(plot_.*?)``", text)[1]
-        assert first == follows.name, f"Next on {page.stem}"
+        assert first == follows.name, f"Next on {page.stem} begins with {follows.name}"
 
 
 def test_prose_links_to_other_pages_by_title(pages, html):

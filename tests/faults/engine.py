@@ -46,7 +46,11 @@ def edits_of(page):
     file = runner.ROOT / "tests" / "faults" / page.relative_to(runner.TUTORIALS)
     file = file.with_suffix(".toml")
     edits = tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return edits.get("small", []), edits.get("fault", [])
+    small, faults = edits.get("small", []), edits.get("fault", [])
+    for fault in faults:
+        if missing := {"mistake", "under", "old", "new"} - fault.keys():
+            raise ValueError(f"{file}: a fault says no {', '.join(sorted(missing))}")
+    return small, faults
 
 
 def assertions(cells):
