@@ -190,10 +190,10 @@ fig.set_label(
 )
 
 # %%
-# **Fewer outputs than inputs: jacrev. Fewer inputs: jacfwd.** The measured line may be
-# flatter than the counted one, where calls cost the same for 8 vectors as for 16; its
-# side of 1 is what counts. Near 1, measure your own function. If memory runs out,
-# ``jacrev`` can split its work by ``chunk_size``.
+# **Few outputs for many inputs: jacrev. Many outputs for few inputs: jacfwd.** Where a
+# call costs nearly the same for 8 vectors as for 16, the measured line is flatter than
+# the counted one, and crosses 1 at another place: within a factor of four, measure your
+# own function. If memory runs out, ``jacrev`` can split its work by ``chunk_size``.
 #
 # A loss has one output and many parameters, so take ``jacrev`` or ``grad``. The
 # Jacobian of its gradient, the Hessian, has as many outputs as inputs: a tie, measured
