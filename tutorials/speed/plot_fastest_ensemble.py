@@ -2,13 +2,13 @@
 The fastest way to run ten CNNs
 ===============================
 
-Find the fastest way to predict with an ensemble of CNNs on your own machine: a ladder
-from the plain loop over the models to compiled code in bfloat16, each step measured.
+Find the fastest way to predict with an ensemble of CNNs on your own machine, from the
+plain loop over the models, step by step, to compiled code in bfloat16.
 
-**In short.** Compile two forms, a loop over the models in ``channels_last`` and
-``vmap``, and time both in the lowest precision that your results can bear. This page
-does so and says of each step how many bytes it moves, how near it comes to the speed of
-a matrix product, and whether it gained more than noise explains.
+**In short.** Write two forms, a loop over the models, each in ``channels_last``, and
+one call with ``vmap``. Compile both and time both, first in float32, then in bfloat16
+if your results bear it. Which one wins depends on the machine: the figure shows what
+this run found, and each step on the way changes one thing and prints what it gained.
 
 Read ``plot_ensembling.py`` before; if you train, ``plot_training.py`` instead. The
 compiled ways need a C++ compiler, such as g++; on a GPU, Triton and a C compiler.
@@ -113,17 +113,21 @@ except RuntimeError as problem:
     print("The compiled ways are left out.")
 
 # %%
-# If compiling fails, call ``loop`` without ``compiled_call``, and ``vmap(predict)``.
-# For bfloat16, convert first: ``model.to(torch.bfloat16)``, and the minibatches too.
-# The compiled code of the loop serves every model, and weights are not frozen into it:
-# what you change in them counts in the next call (both tested). The rest of this page
-# is the ladder from the plain loop to these forms.
+# Divide that time by what a call saves below: after so many calls it is earned back. If
+# compiling fails, call ``loop`` without ``compiled_call``, and ``vmap(predict)``. For
+# bfloat16, convert first: ``model.to(torch.bfloat16)``, and the minibatches too. The
+# compiled code of the loop serves every model, and weights are not frozen into it: what
+# you change in them counts in the next call (both tested). The rest of this page is the
+# ladder from the plain loop to these forms.
 #
 # How each step gets its number
 # -----------------------------
 #
 # The ways that are compared take turns, so that drift and other programs meet all of
-# them alike. A difference counts if it is more than noise can explain.
+# them alike. A difference counts if its whole interval lies more than 2 % from 1; of
+# twenty such intervals one may mislead. **"No difference seen" says that two ways are
+# alike only if its interval is narrow**: one such as (0.6 to 1.2) decides nothing, so
+# repeat the run on a quiet machine.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -156,8 +160,9 @@ def said(gain, low, high):
 
 
 # %%
-# All models have the same work, but not the same traffic. This counts the operations of
-# four forms, and the bytes that their operators read and write, as if no cache kept
+# All forms do the same work, but move different numbers of bytes. You can skip this
+# cell at first: it gives the megabytes that each step prints. It counts the operations
+# of four forms, and the bytes that their operators read and write, as if no cache kept
 # any. The fourth form is ``vmap`` by hand: the channels of all members stand side by
 # side, and a convolution with groups keeps them apart.
 
@@ -209,9 +214,10 @@ print(f"convolutions and products alone: {traffic.products / 1e6:.0f} MB in each
 # How fast could it be?
 # ---------------------
 #
-# The **roof** is the speed of a wide matrix product in float32, which is easy work for
-# a library. A way with few operations for each byte has a lower roof, the speed of a
-# copy, unless a cache holds what it moves.
+# Libraries are at their best in a wide matrix product. Its speed in float32 is called
+# the **roof** here, and each step prints its share of it. A way that does little work
+# for each byte may meet another limit first, the speed of a copy (the sloping part of
+# the figure), unless a cache holds what it moves.
 
 rows = 4 if device == cpu else 256
 wide = torch.randn(rows, 1024, 16, 16, device=device).contiguous(memory_format=last)
@@ -238,10 +244,12 @@ print(f"the copy bounds what has less than {peak / bandwidth:.1f} operations a b
 print(f"the product in bfloat16 against float32: {said(*easy16[1:])}")
 
 # %%
-# Each step below has to return the logits that float64 gives on the CPU. Then it takes
-# turns, in a call of its own, with the step before, perhaps with others, and with the
-# product: a share of the roof compares times of the same seconds. Compare ratios, not
-# milliseconds of two calls.
+# Each step below has to return the logits that float64 gives on the CPU, to within
+# 1e-5, in bfloat16 to within 1e-2, which only catches mistakes. Then it takes turns, in
+# a call of its own, with the step before, perhaps with others, and with the product: a
+# share of the roof compares times of the same seconds. Compare ratios, not milliseconds
+# of two calls. Two branches grow from the plain loop: steps 2, 3 and 5 keep the loop,
+# steps 1 and 4 use ``vmap``.
 
 models64 = [copy.deepcopy(model).cpu().double() for model in models]
 exact = loop(models64, minibatches.cpu().double())
@@ -285,8 +293,8 @@ step("loop", ways["loop"])
 # ------------------------------------------
 #
 # ``vmap`` starts each layer once instead of ten times, which gains where starting takes
-# longer than the work. It loses where its further bytes count, or its convolutions with
-# ten groups do, for which libraries may have slower code (pytorch#73764).
+# longer than the work. It loses where its further bytes cost time, or where the library
+# is slower with ten groups than with ten calls, as reported for CUDA (pytorch#73764).
 
 step("vmap", ways["vmap"], "loop")
 
@@ -303,9 +311,9 @@ step("loop in channels_last", ways["loop in channels_last"], "loop")
 # Step 3 (on step 2): compile the loop
 # ------------------------------------
 #
-# The compiler joins activations and pooling, which saves passes over memory. It gains
-# little where convolutions take nearly all of the time. First without step 2, then on
-# it:
+# The compiler joins activations and pooling, which saves passes over memory, and it may
+# change the layout by itself. So only the comparison with step 2 shows what joining
+# gains. First without step 2, then on it:
 
 step("compiled loop", partial(loop, models, minibatches, compiled_call), "loop")
 best = "compiled loop in channels_last"
@@ -313,8 +321,9 @@ way = partial(loop, models_last, minibatches_last, compiled_call)
 step(best, way, "loop in channels_last", "compiled loop", "loop")
 
 # %%
-# **If no difference between the two compiled loops was seen,** you need not care for
-# the layout: the compiler may choose one itself. **If the second is faster,** keep it.
+# **If the interval of the second against the first is narrow around 1,** you need not
+# care for the layout: the compiler may choose one itself. **If it is wide, or the
+# second is faster,** keep ``channels_last``: it costs one line.
 #
 # Step 4 (on step 1): compile vmap
 # --------------------------------
@@ -329,9 +338,9 @@ step("compiled vmap by hand", way, "compiled vmap", best)
 
 # %%
 # Both call convolutions with the same groups. **If the one by hand is faster,** the
-# passes around them probably cost the difference; to rewrite a model in this way pays
-# only then. **If even this is slower than the compiled loop,** groups or large tensors
-# probably cost the rest.
+# passes around them probably cost the difference. To rewrite a model in this way pays
+# only if it also beats the compiled loop. **If even this is slower than the compiled
+# loop,** groups or large tensors probably cost the rest.
 #
 # Step 5 (on steps 2 to 4): fewer bits
 # ------------------------------------
@@ -341,7 +350,8 @@ step("compiled vmap by hand", way, "compiled vmap", best)
 # gained,** yours does, and this step can gain much. **If not,** only the bytes can
 # gain, and this step may lose. Convert the models once: ``torch.autocast`` would
 # convert weights without gradients in every call (tested). ``plot_how_equal.py`` tests
-# what your results bear.
+# what your results bear. The roof stays that of float32, so a share above 100 % is
+# possible: divide it by the product's gain for the share of bfloat16's own roof.
 
 models16 = [copy.deepcopy(model).to(half) for model in models_last]
 way = partial(loop, models16, [x.to(half) for x in minibatches_last], compiled_call)
@@ -352,8 +362,8 @@ step("compiled loop in bfloat16", way, best, "loop", tolerance=1e-2)
 # ----------------------------------------------------
 #
 # With threads, each core takes a model of its own, where before all cores shared each
-# layer and waited for the slowest. Beside other programs these waits are long, so a
-# gain here may vanish on a quiet machine.
+# layer and waited for the slowest. This can gain where cores wait long, as beside other
+# programs; a gain that is seen there may vanish on a quiet machine.
 
 
 def in_threads():
@@ -364,11 +374,11 @@ with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
     step("loop in channels_last, threads", in_threads, "loop in channels_last")
 
 # %%
-# An NVIDIA GPU has more. A CUDA graph records all that a way starts, and starts it
-# as one. It works in fixed memory: copy new inputs into the old ones, and copy the
-# logits before the next call. ``mode="reduce-overhead"`` compiles and records, but
-# copies the stacked parameters in every call (pytorch#121861). ``cudnn.benchmark`` lets
-# cuDNN try its algorithms.
+# The next cell is for NVIDIA GPUs and prints nothing elsewhere. A CUDA graph records
+# all that a way starts, and starts it as one. It works in fixed memory: copy new inputs
+# into the old ones, and copy the logits before the next call.
+# ``mode="reduce-overhead"`` compiles and records, but copies the stacked parameters in
+# every call (pytorch#121861). ``cudnn.benchmark`` lets cuDNN try its algorithms.
 
 
 def recorded(way):
@@ -401,8 +411,9 @@ if device.type == "cuda":
 # Which way is the fastest here?
 # ------------------------------
 #
-# Of the two forms to copy, in float32, the call of step 4 says it. The table has the
-# steps that gained nothing over the step before.
+# The first line compares the two forms to copy, in float32. If your results bear fewer
+# bits, step 5 says what they gain over the loop. The other lines name the steps that
+# gained nothing over the step before.
 
 pair = ("compiled vmap", best) if compiler else ("vmap", "loop")
 verdict = (
@@ -438,12 +449,14 @@ fig.set_label(
 # **If the loop is faster,** what helps one model helps all: layout, compiler, fewer
 # bits. **If vmap is faster,** to start single layers probably took long: their work is
 # small, or cores wait for each other at each start, as they do beside other programs.
-# **If no difference was seen,** keep the form that is easier to read.
+# **If no difference was seen and the interval is narrow,** keep the form that is easier
+# to read; if it is wide, this run does not say which is faster.
 # ``plot_when_vmap_pays.py`` finds from how many models on ``vmap`` wins.
 #
 # **Below the roof,** a way probably pays for what is no wide product: a first layer
-# with one input channel, pooling, weights of ``fc1`` that few images share. **Above
-# it** are fewer bits, or an algorithm with fewer multiplications, such as Winograd's.
+# with one input channel, pooling, the large weights of ``fc1`` that are read for only a
+# few images. **Above it** are fewer bits, an algorithm with fewer multiplications, or
+# code better than this product, which is measured and no limit of the hardware.
 #
 # Ask for the layout inside vmap
 # ------------------------------
@@ -463,15 +476,15 @@ else:
     raise AssertionError("vmap took a layout that this page says it refuses")
 
 # %%
-# Under ``vmap`` a tensor has a dimension that the function cannot see, so the function
-# cannot order them all. Leave the layout to the loop.
+# "NYI" means that it is not yet implemented. Ask for the layout in the loop, and leave
+# that of ``vmap`` to the compiler.
 #
 # Remember
 # --------
 #
 # - Compile the loop and ``vmap``, and time both in turns: which one wins depends on the
 #   device and on the size of the layers.
-# - Time bfloat16 before you take it: it can lose where its product is not faster.
+# - Time bfloat16 before you take it: where its product is not faster, expect little.
 # - A compiled function keeps eight compiled forms, then runs uncompiled. A new dtype,
 #   layout or number of threads takes one. Varying batch sizes take the loop two or
 #   three in all, but ``vmap`` over convolutions one each (tested): pad them to a few
@@ -489,8 +502,6 @@ else:
 #
 # - Williams, Waterman and Patterson: Roofline, 2009,
 #   `doi:10.1145/1498765.1498785 <https://doi.org/10.1145/1498765.1498785>`_.
-# - Lavin and Gray: Fast algorithms for convolutional neural networks (Winograd),
-#   2016, `arXiv:1509.09308 <https://arxiv.org/abs/1509.09308>`_.
 # - Grouped convolutions slower than many single ones:
 #   `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_.
 # - The compiler's eight forms:

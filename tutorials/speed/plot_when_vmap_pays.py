@@ -5,10 +5,10 @@ When vmap pays: one call or a for loop
 Find out in a minute, for your own models and on your own machine, whether one call to
 ``torch.func.vmap`` is faster than a for loop over the models.
 
-**In short.** A loop pays the overhead of its operators once for each model, and one
-call pays it once, so **many small models have most to gain**, and one model alone has
-nothing. Where each model already keeps the machine busy there is little to save, and
-the call can be slower: the two cells below measure which case is yours.
+**In short.** A loop pays the overhead of its operators once for each model. One call
+pays an overhead of its own once, and that one is larger: **many small models have most
+to gain, one model alone loses.** Where each model keeps the machine busy there is
+little to save: the two cells below measure which case is yours.
 
 To know before: how many models become one call, in ``plot_ensembling.py``.
 """
@@ -45,9 +45,9 @@ def mlp(width=32):
 # Measure it for your own models
 # ------------------------------
 #
-# Copy the imports and two cells. Put your number of models, batch size and shape of one
-# input into the first line, and your network in place of ``mlp`` in the second cell.
-# Each model has its own minibatch.
+# Copy the cell above and two cells. Put your number of models, batch size and shape of
+# one input into the first line, and your network in place of ``mlp`` in the second
+# cell. It takes one tensor and returns one. Each model has its own minibatch.
 
 num_models, batch, shape = 100, 32, [16]
 
@@ -113,13 +113,15 @@ print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 # %%
 # That was a forward pass in evaluation mode under ``no_grad``, without a compiler
 # (``plot_fastest_ensemble.py`` compiles both). All of this page is IEEE float32 on the
-# device named above: a check and three calls of each way warm up, seven or more turns
-# follow. A gain is the median ratio of the turns, brackets hold its interval (a sign
-# test of at least 95 percent), and the call's time is the loop's median over the gain.
+# device named above: three calls of each way warm up, seven or more turns follow. A
+# gain is the median ratio of the turns, brackets hold its interval (a sign test; of
+# twenty intervals one may miss), and the call's time is the loop's median over the
+# gain.
 #
 # **If no difference is seen**, give more ``seconds`` or a quieter machine. **If vmap is
-# slower**, look among the three reasons below. On a CPU that has other work to do, also
-# try ``torch.set_num_threads(1)``: the threads of an operator wait for each other.
+# slower**, or gains little, look among the three reasons below. On a CPU that has other
+# work to do, also try ``torch.set_num_threads(1)``: the threads of an operator wait for
+# each other, so that one busy core may delay them all (not measured here).
 #
 # Why one call can win: it pays the overhead once
 # -----------------------------------------------
@@ -135,10 +137,11 @@ print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 # - One call pays from :math:`N = (c - a) / (b - d)` models on.
 # - Its gain approaches :math:`b / d` as :math:`N` grows.
 #
-# If :math:`b < d`, more models do not help. A larger minibatch adds work to both
-# slopes, so it should leave less to gain. Training should pay from no more models than
-# prediction: most of the operators that ``vmap`` adds are in the forward pass, and none
-# are in the optimizer (tested).
+# Both hold as far as the lines are straight. If :math:`b < d`, more models do not help.
+# A larger minibatch adds work to both slopes: if it adds about the same to both, there
+# is less to gain; if it adds more to :math:`d`, the call can lose. For this network
+# most of the operators that ``vmap`` adds are in the forward pass, and none are in the
+# optimizer (tested), so we expect training to pay from no more models than prediction.
 #
 # How many models before it pays, forward and in training
 # --------------------------------------------------------
@@ -225,9 +228,9 @@ print(f"  N = {most}, loop with an optimizer each: {said(*curve[most][2][1:])}")
 
 # %%
 # The dashed line marks the number from which on every measured one is told faster. Bars
-# are the intervals, drawn as times. While :math:`c` is most of the call's time, its
-# curve is flat: **one more model is nearly free**. If training needs more models than
-# prediction here, the probable reason is noise: longer steps get fewer turns.
+# are the intervals, drawn as times. While :math:`c` is nearly all of the call's time,
+# its curve is flat: **one more model is nearly free**. If training needs more models
+# than prediction here, either the expectation is wrong or the noise is large.
 
 fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
 ways = [("loop", "o-"), ("vmap", "^-"), ("loop, an optimizer each", "s:")]
@@ -255,8 +258,10 @@ fig.set_label(
 # -----------------------
 #
 # The forward pass again, with smaller and with larger minibatches. Where two intervals
-# overlap, take the gains for equal. A gain that rises with the batch contradicts the
-# prediction: there the further samples cost the call less than the loop.
+# overlap, take the gains for equal. Where the call is faster, a gain that rises with
+# the batch contradicts the prediction: there the further samples cost the call less
+# than the loop. Where it is slower, the work that both add brings the gain nearer to
+# one.
 
 some = [1, 8, *counts[-2:]]
 grid = {b: {n: compare(mlp, n, b, shape, 0.25) for n in some} for b in batches[::2]}
@@ -269,7 +274,8 @@ for b, curve in grid.items():
 # ---------------------------------------
 #
 # Two sizes fix the four numbers of the rule: one model, and the last number but one.
-# All other sizes test it, and the largest lies four times beyond.
+# All other sizes test it, and the largest lies four times beyond. "As measured" is the
+# first size that is told faster; between the sizes that were measured it knows nothing.
 
 
 def straight(curve, way):
@@ -296,8 +302,9 @@ for n, size in sorted(wrong, key=lambda at: -abs(wrong[at]))[:3]:
 
 # %%
 # **Wrong** means that the predicted gain lies outside of the measured interval; up to
-# three are named, the worst first. There a line is not straight, or the noise of the
-# two sizes behind it is in the prediction.
+# three are named, the largest error first. There a line is not straight, or the noise
+# of the two sizes behind it is in the prediction. A wide interval hides an error: look
+# at the distance of the dashed line in the figure as well.
 
 fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
 for i, (size, curve) in enumerate(grid.items()):
@@ -319,6 +326,8 @@ fig.set_label(
 # %%
 # vmap slower than a for loop? Three reasons
 # ------------------------------------------
+#
+# The call is slower, or gains little, for one of these.
 #
 # **Too few models**, at the left ends of the curves: the rule says what is too few.
 #
@@ -346,10 +355,11 @@ for size in batches:
 
 # %%
 # Where chunks are faster, the size of the tensors was a cost, on a CPU probably that of
-# the cache and of fresh memory: ``plot_memory.py`` helps to choose chunks. Elsewhere
-# chunks do not help.
+# the cache and of fresh memory: ``plot_memory.py`` helps to choose chunks. The curves
+# above are without chunks, so time chunks before you decide for the loop. Elsewhere
+# chunks only add overhead.
 #
-# **Models that fill the machine.** Sixteen perceptrons, narrow and wide:
+# **Models with much work each.** Sixteen perceptrons, narrow and wide:
 
 wide, work = (1024, 16) if device.type == "cpu" else (4096, 256)
 for width in 32, wide:
@@ -358,10 +368,10 @@ for width in 32, wide:
     print(f"width {width}, loop {1e3 * loop / 16:.2g} ms a model: vmap {said(*gain)}")
 
 # %%
-# The width alone differs, not the number of operators. So what the wide loop takes
-# longer is not the overhead that one call saves: ``vmap`` gains there only if one large
-# operator is faster than many small ones. ``plot_ensembling.py`` measures
-# convolutions.
+# The width alone differs, not the number of operators, so the overhead of a wide model
+# is at most the narrow loop's time for a model: a small share of its time. A larger
+# gain than that share comes from elsewhere: one large operator is faster there than
+# many small ones. ``plot_ensembling.py`` measures convolutions.
 #
 # The mistake: stacking in every call
 # -----------------------------------
@@ -382,9 +392,10 @@ print(f"{most} models, batch {batch}, stacked in every call: {said(*gain)}")
 # Remember
 # --------
 #
-# **A loop pays its overhead for every model, one call pays once.** Two sizes of your
-# own network give a rule: from how many models on one call pays, and how far its gain
-# can go. Test it on a third, and compare with the loop at its best.
+# **A loop pays its overhead for every model, one call pays a larger one once.** Two
+# sizes of your own network give a first estimate: from about how many models on one
+# call pays, and how far its gain can go while the lines are straight. Test it on a
+# third, and compare with the fastest loop that you can write.
 #
 # Next
 # ----
@@ -403,5 +414,5 @@ print(f"{most} models, batch {batch}, stacked in every call: {said(*gain)}")
 # - Stacking in every call:
 #   `pytorch#120581 <https://github.com/pytorch/pytorch/issues/120581>`_.
 # - W. Whitney: `Parallelizing neural networks on one GPU with JAX
-#   <http://willwhitney.com/parallel-training-jax.html>`_, 2021: a hundred small
-#   networks in the time of one, on a Titan X.
+#   <http://willwhitney.com/parallel-training-jax.html>`_, 2021, with JAX and its
+#   compiler.

@@ -5,10 +5,10 @@ A faster training step for many models
 Make the training step of many small networks faster: with ``vmap`` in place of a loop,
 a fused optimizer and a compiled gradient, each timed beside the form that it changes.
 
-**In short.** Give the stack of parameters to ``Adam(..., fused=True)``, and for a long
-training compile the function that computes the gradients of all members. Neither asks
-you to rewrite the optimizer. The first compiled call takes seconds; the run below says
-what each change gains, and whether it can tell when those seconds are earned back.
+**In short.** Compute the gradients of all members in one call of ``vmap``, give the
+stacked parameters to one ``Adam(..., fused=True)``, and for a long training compile the
+function that computes the gradients. Compiling costs seconds once: the run below says
+what each change gains, and after how many steps those seconds are earned back.
 
 Before you start, read ``plot_training.py``: it explains the loop that is made faster.
 """
@@ -72,8 +72,9 @@ def train_step(gradient, params, update, x, y):
 
 # %%
 # And how it is used. A scheduler works as ever, because the optimizer is not compiled.
-# ``contiguous`` copies only gradients that lie in another order than the parameters:
-# the fused optimizer of CPUs mixes up their numbers without an error (torch 2.13).
+# Every step assigns ``p.grad`` anew, so there is no ``zero_grad``. **Do not leave out**
+# ``contiguous``: on a CPU, the fused optimizer of torch 2.13 reads a gradient that lies
+# in another order than its parameter as if it lay in the same, without an error.
 
 num_models = 256
 models = [MLP().to(device) for _ in range(num_models)]
@@ -89,9 +90,10 @@ print(f"losses of {num_models} members: {losses.min():.2f} to {losses.max():.2f}
 # It is Adam
 # ----------
 #
-# Two rivals. The first is the loop that people write. The second is the loop at its
-# best: one optimizer for the parameters of all members, and one backward pass of the
-# sum of their losses.
+# There are two rivals. The first is the loop that people write. The second is the loop
+# at its best: one optimizer for the parameters of all members, and one backward pass of
+# the sum of their losses. Neither is compiled: ``torch.compile`` would write the loop
+# out, member by member.
 
 
 def loop_step(models, optimizers, x, y):
@@ -165,10 +167,10 @@ print(f"losses of 20 steps: at most {off:.0e} apart in float64")
 # join biases, activations and losses into fewer passes; the matrix products remain. So
 # these changes should gain.
 #
-# Three forms should show no difference. A matrix product writes the gradient of the
-# weights to memory before Adam reads it, compiled or not: so to compile Adam, alone or
-# together with the gradient, should add nothing to a fused one. And the products of
-# ``vmap`` are those that you would write by hand:
+# A matrix product writes the gradient of the weights to memory before Adam reads it,
+# compiled or not: so to compile Adam, alone or together with the gradient, should add
+# nothing to a fused one. One case is open: the products of ``vmap`` are those that you
+# would write by hand, but it takes more operators around them (tested).
 
 
 def gradient_by_hand(params, x, y):
@@ -208,7 +210,8 @@ ways["compiled as a whole"] = partial(torch.compile(whole_step), *begin(models),
 
 # %%
 # The first call of a compiled form compiles. (An earlier run of this script leaves a
-# cache that shortens it.)
+# cache that shortens it.) The first compiled form probably also pays for starting the
+# compiler, so these seconds do not rank the forms.
 
 first_call, found = {}, []
 for name, way in ways.items():
@@ -267,7 +270,8 @@ def said(gain, low, high):
 # %%
 # Each form takes turns with the one that it changes: whole training steps, after the
 # five above. Times are medians of at least seven turns, and come from the same turns as
-# the gain beside them.
+# the gain beside them: the time of one form differs from line to line, as the machine
+# does. Compare within a line only, and do not multiply gains.
 
 changes = {
     best: usual,
@@ -299,8 +303,8 @@ for name, (now, *gain) in zip(forms, fair, strict=True):
     print(result)
 
 # %%
-# The loop is not compiled (``torch.compile`` writes a loop out, member by member), so
-# only the first of the two gains compares like with like. All changes in sum:
+# The loop is not compiled, so only the first of the two gains compares like with like.
+# All changes at a glance, each beside the form that it changes:
 
 for word in ["faster", "slower", "no difference seen"]:
     names = [name for name, (_, _, *gain) in beside.items() if word in said(*gain)]
@@ -330,11 +334,14 @@ fig.set_label(
 )
 
 # %%
-# **Keep what gains; where no difference was seen, keep what is simpler.** A wide
-# interval can hide a gain or a loss: repeat the run on a quiet machine. If the form by
-# hand is faster, the reason is probably that it calls fewer operators: ``vmap`` adds
-# the bias after the product, and takes the loss apart into small operators (tested).
-# The compiler can join these again.
+# Hold this against what should happen: where a compiled Adam is slower, or gains, the
+# reason given above is not the whole one on this machine. **Keep what gains; where no
+# difference was seen, keep what is simpler.** A step compiled as a whole is Adam
+# written out, without schedulers, other optimizers or ``state_dict``. A wide interval
+# can hide a gain or a loss: repeat the run on a quiet machine. If the form by hand is
+# faster, the reason is probably that it calls fewer operators: ``vmap`` adds the bias
+# after the product, and takes the loss apart into small operators (tested). The
+# compiler can join these again.
 #
 # The mistake: to compile a short training
 # ----------------------------------------
