@@ -24,6 +24,7 @@ UNDOCUMENTED = {
     "torch.__version__",
     "torch.autograd.DeviceType.CPU",
     "torch.autograd.DeviceType.CUDA",
+    "torch.autograd.set_multithreading_enabled",
     "torch.backends.cuda.matmul",
     "torch.backends.cuda.matmul.fp32_precision",
     "torch.backends.cudnn.conv",

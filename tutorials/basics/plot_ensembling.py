@@ -8,7 +8,8 @@ measure which of the two is faster on your machine.
 
 **In short.** ``stack_module_state`` puts the parameters of all models into the rows of
 one set of tensors, and ``vmap`` runs one forward pass for all rows. The result is that
-of the loop up to rounding; the speed depends on model, batch and machine.
+of the loop up to rounding; the speed depends on the model, on how many there are, and
+on the machine.
 
 Before you start: the `PyTorch basics
 <https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`_. You need no GPU.
@@ -87,19 +88,21 @@ with torch.no_grad():  # leave this out to train
 print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 
 # %%
-# Both results are ``[model, image, class]``:
+# Both results are ``[model, image, class]``. Models that you have trained take the
+# place of those in the list ``models``: one class, equal shapes, ``.eval()`` called on
+# each.
 #
 # .. code-block:: none
 #
-#                 params            option 1         option 2
-#    models[0] -> row 0 -> predict(minibatches[0] or minibatch) -> logits of model 0
-#    models[1] -> row 1 -> predict(minibatches[1] or minibatch) -> logits of model 1
-#       ...        ...                   ...                             ...
-#    models[9] -> row 9 -> predict(minibatches[9] or minibatch) -> logits of model 9
+#                 params      option 1        option 2
+#    models[0] -> row 0 -> minibatches[0]    minibatch -> logits of model 0
+#    models[1] -> row 1 -> minibatches[1]    minibatch -> logits of model 1
+#       ...        ...           ...            ...            ...
+#    models[9] -> row 9 -> minibatches[9]    minibatch -> logits of model 9
 #
-# - ``stack_module_state`` copies every parameter of the models into the rows of one
-#   tensor, and buffers, which this network lacks. A later change of ``models[3]`` does
-#   not reach ``params``.
+# - ``stack_module_state`` copies the parameters of the models: for each name one
+#   tensor, with a row for each model. It does the same with buffers; this network has
+#   none. A later change of ``models[3]`` does not reach ``params``.
 # - ``functional_call`` runs a module with parameters that you hand it, so ``predict``
 #   is *one* model as a function of tensors; ``strict=True`` accepts no missing one.
 # - ``vmap`` maps that function over the models. ``in_dims`` names, for each argument,
@@ -108,9 +111,11 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # The same with a loop
 # --------------------
 #
-# One large kernel may add numbers in another order than ten small ones. On a CPU, two
-# logits *a* and *b* may differ by 1e-6 (1 + abs(b)); elsewhere, by about 224 roundings
-# of the largest one (``plot_how_equal.py``). The judge is float64, on the CPU.
+# One large kernel may add numbers in another order than ten small ones, so the last
+# digits in float32 may differ. We allow 1e-6 (1 + abs(b)) between two logits *a* and
+# *b* on a CPU, and elsewhere a bound in units of rounding that ``plot_how_equal.py``
+# derives. To tell rounding from a mistake, eight images are computed in float64 as
+# well.
 
 
 def in64(state):
@@ -137,16 +142,20 @@ for case, one_call, loop, tol in [
     assert equal, f"{case}: vmap does not compute what the loop computes"
 
 # %%
-# **One call computes what the loop computes.** Keep this check in your own project.
+# **For these inputs one call computes what the loop computes.** In your own project
+# keep the line in float64; in float32, 1e-6 can fail once models are trained.
 #
 # Should it be faster?
 # --------------------
 #
-# The arithmetic is the same (tested). Where the loop calls each operator ten times,
-# ``vmap`` calls it once, as one batched matrix product or one *grouped* convolution,
-# whose results are ten times as large. So expect one call to win with many models too
-# small to keep the device busy, which on a GPU may be CNNs; and to lose with one or two
-# small models, because ``vmap`` itself takes time, or with CNNs on a CPU.
+# Convolutions and matrix products cost the same arithmetic (tested). Where the loop
+# calls one of them ten times, ``vmap`` calls it once, as one batched matrix product or
+# one *grouped* convolution, and adds the bias in a call of its own; results are ten
+# times as large. So expect one call
+#
+# - to win with many models too small to keep the device busy, on a GPU also CNNs;
+# - to lose with a few small models, because ``vmap`` itself takes time;
+# - to lose with CNNs on a CPU, where large results cost more than the saved calls.
 #
 # Which is faster here?
 # ---------------------
@@ -184,8 +193,9 @@ def said(gain, low, high):
 
 
 # %%
-# Both ways return one stacked tensor. After three calls each to warm up, they take
-# turns, at least seven:
+# Both ways return one stacked tensor; the models are stacked before the clock starts.
+# After three calls each to warm up, they take turns, at least seven. A gain is the
+# median ratio of the turns, and the call's time is the loop's median over that gain:
 
 
 @torch.no_grad()
@@ -248,18 +258,24 @@ fig.set_label(
 )
 
 # %%
-# **Where one call is faster**, it probably saves calls that leave the device waiting.
-# **Where it is slower for a few small models**, ``vmap`` probably takes longer than it
-# saves. **For many small models** it can be slower beside other programs on a CPU,
-# probably because it waits for all threads: try ``OMP_NUM_THREADS=1``. **Where it is
-# slower for CNNs**, see ``plot_what_vmap_runs.py``. The example's authors saw both with
-# ten CNNs in 2022: 4.91 ms (loop) against 2.07 on an A100 GPU, 5.81 against 6.34 where
-# their page was built.
+# **Where one call is faster**, it probably saves the preparation of calls: see whether
+# the time for each model stays the same in the loop and falls in one call. **Where it
+# is slower for a few small models**, ``vmap`` probably takes longer than it saves.
+# **Where many small models are slower on a CPU that has other work**, the threads of an
+# operator may wait for each other (not measured here): try
+# ``torch.set_num_threads(1)``. **Where it is slower for CNNs**, large results and the
+# added biases are suspects: ``plot_what_vmap_runs.py``. A ``chunk_size`` can win back a
+# part.
+#
+# The authors of the original example saw both outcomes with ten CNNs in 2022: a comment
+# in their script says 4.91 ms (loop) and 2.07 ms (one call) on an A100 GPU, the output
+# on their page 5.81 ms and 6.34 ms on a machine that it does not name.
 #
 # Combine the ten predictions
 # ---------------------------
 #
-# Untrained models guess, so each first learns from 24 small minibatches of real digits:
+# Untrained models guess, so each first learns from 24 small minibatches of real digits
+# (in a plain loop; ``plot_training.py`` trains all in one call):
 
 digits = load_digits()  # 1,797 of 8 x 8 pixels, from 0 to 16
 order = torch.randperm(1797)
@@ -291,9 +307,11 @@ print(f"one model is right on {one.mean():.1%} ({one.min():.1%} to {one.max():.1
 print(f"combined: {all_ten.mean():.1%}, {gain.mean():+.1f} points (error {error:.1f})")
 
 # %%
-# The error is the standard error over the digits. **The mean gains where models err on
-# different images**; from models with equal mistakes, it would gain nothing. Where they
-# disagree, the ensemble is unsure: see ``plot_unknown_inputs.py``.
+# The error is the standard error over the digits, for these ten models. **The mean can
+# gain where wrong answers differ.** These models have hardly learned: expect less from
+# models that are trained well, and more from one model that learns ten times as long,
+# which is the rival of equal cost and is not shown here. Where they disagree, the
+# ensemble is unsure: see ``plot_unknown_inputs.py``.
 #
 # The mistake: a shared minibatch without ``None``
 # ------------------------------------------------
@@ -307,16 +325,18 @@ except ValueError as error:
     print(error)
 
 # %%
-# The cure is ``in_dims=(0, 0, None)``. With ten images in the batch, the sizes would
-# agree and each model would get one image. Linear layers compute that without an error
-# (tested), so look at the shape of the result, too.
+# The cure is ``in_dims=(0, 0, None)``. With ten images in the batch, the sizes agree
+# and each model gets one image. This CNN still stops, with an error that does not name
+# the cause; linear layers compute a wrong result without an error (tested), so look at
+# its shape, too.
 #
 # Remember
 # --------
 #
-# ``stack_module_state`` makes one state of many models, ``functional_call`` a function
-# of one model, ``vmap`` calls it for all. **One entry of** ``in_dims`` **decides
-# whether all share a minibatch.** Whether one call is faster, you have to measure.
+# ``stack_module_state`` makes one state of many models, ``functional_call`` runs one
+# model with a state that you hand it, and ``vmap`` does so for all. **One entry of**
+# ``in_dims`` **decides whether all share a minibatch.** Whether one call is faster, you
+# have to measure.
 #
 # Next
 # ----

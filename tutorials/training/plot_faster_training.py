@@ -3,7 +3,7 @@ A faster training step for many models
 ======================================
 
 Make the training step of many small networks faster: with ``vmap`` in place of a loop,
-a fused optimizer and a compiled gradient, each timed beside the form that it changes.
+a fused optimizer and a compiled gradient, each timed beside a simpler form.
 
 **In short.** Compute the gradients of all members in one call of ``vmap``, give the
 stacked parameters to one ``Adam(..., fused=True)``, and for a long training compile the
@@ -65,16 +65,18 @@ compiled_gradient = torch.compile(gradient)
 def train_step(gradient, params, update, x, y):
     grads, losses = gradient(params, x, y)
     for name, p in params.items():
-        p.grad = grads[name].contiguous()  # in the order of p
+        g = grads[name]  # in memory it has to lie as p does
+        p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
     update()
     return losses
 
 
 # %%
 # And how it is used. A scheduler works as ever, because the optimizer is not compiled.
-# Every step assigns ``p.grad`` anew, so there is no ``zero_grad``. **Do not leave out**
-# ``contiguous``: on a CPU, the fused optimizer of torch 2.13 reads a gradient that lies
-# in another order than its parameter as if it lay in the same, without an error.
+# Every step assigns ``p.grad`` anew, so there is no ``zero_grad``. **Do not leave out
+# the line with** ``stride``: on a CPU, the fused optimizer of torch 2.13 reads a
+# gradient that lies in another order than its parameter as if it lay in the same,
+# without an error.
 
 num_models = 256
 models = [MLP().to(device) for _ in range(num_models)]
@@ -90,10 +92,9 @@ print(f"losses of {num_models} members: {losses.min():.2f} to {losses.max():.2f}
 # It is Adam
 # ----------
 #
-# There are two rivals. The first is the loop that people write. The second is the loop
-# at its best: one optimizer for the parameters of all members, and one backward pass of
-# the sum of their losses. Neither is compiled: ``torch.compile`` would write the loop
-# out, member by member.
+# There are two rivals. The first is the loop that people write. The second is a better
+# loop: one fused optimizer for the parameters of all members, and one backward pass of
+# the sum of their losses. Neither is compiled.
 
 
 def loop_step(models, optimizers, x, y):
@@ -143,7 +144,8 @@ def begin(models):
 
 # %%
 # The check to keep, in float64 on the CPU, where rounding is far below any mistake:
-# both forms, not compiled, against a ``torch.optim.Adam`` for each member alone.
+# both forms, not compiled, against a ``torch.optim.Adam`` for each member alone. Each
+# of twenty steps has to agree; the last distance is printed.
 
 few = [copy.deepcopy(model).cpu().double() for model in models[:5]]
 data = x[:5].cpu().double(), y[:5].cpu()
@@ -210,8 +212,8 @@ ways["compiled as a whole"] = partial(torch.compile(whole_step), *begin(models),
 
 # %%
 # The first call of a compiled form compiles. (An earlier run of this script leaves a
-# cache that shortens it.) The first compiled form probably also pays for starting the
-# compiler, so these seconds do not rank the forms.
+# cache that shortens it.) The first compiled form also pays for starting the compiler,
+# and the second finds its gradient compiled, so these seconds do not rank the forms.
 
 first_call, found = {}, []
 for name, way in ways.items():
@@ -234,8 +236,10 @@ print(f"{len(found)} forms trained alike: losses after five steps within 1e-3")
 # ---------------------------
 #
 # One rule for "faster": the ways take turns, the gain is the median of the ratios
-# within a turn, and the brackets are its interval, which holds the true gain in at
-# least 95 of 100 runs. A difference of up to 2 percent counts as none.
+# within a turn, and the brackets are its interval: if turns were independent, it would
+# hold the median gain in at least 95 of 100 runs. A form counts as faster or slower if
+# its whole interval lies more than 2 percent from 1, so "no difference seen" does not
+# say that two forms are equal.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -269,9 +273,12 @@ def said(gain, low, high):
 
 # %%
 # Each form takes turns with the one that it changes: whole training steps, after the
-# five above. Times are medians of at least seven turns, and come from the same turns as
-# the gain beside them: the time of one form differs from line to line, as the machine
-# does. Compare within a line only, and do not multiply gains.
+# five above. The time of the rival is the median of at least seven turns, and the other
+# is that median divided by the gain. A form can take another time beside another rival,
+# for example just after a loop of hundreds of small calls: read each gain by itself,
+# and do not multiply gains. Two rows change more than one thing: the better loop has
+# one optimizer, fused, and one backward pass; "vmap, Adam" replaces the loop and gives
+# up the fusion.
 
 changes = {
     best: usual,
@@ -292,8 +299,8 @@ for name, before in changes.items():
         print(f"    {said(*gain)}")
 
 # %%
-# The loop at its best is the fair rival. These are the gains of the step to copy over
-# it, not compiled and compiled:
+# The better loop is the fairer rival. These are the gains of the step to copy over it,
+# not compiled and compiled:
 
 forms = [name for name in ["vmap, fused Adam", copied] if name in first_call]
 (was, *_), *fair = in_turns(*[ways[name] for name in [best, *forms]])
@@ -303,8 +310,9 @@ for name, (now, *gain) in zip(forms, fair, strict=True):
     print(result)
 
 # %%
-# The loop is not compiled, so only the first of the two gains compares like with like.
-# All changes at a glance, each beside the form that it changes:
+# The loop is not compiled: to compile it whole would write it out, member by member,
+# and to compile the loss of one member was not timed. So only the first of the two
+# gains compares like with like. All changes at a glance:
 
 for word in ["faster", "slower", "no difference seen"]:
     names = [name for name, (_, _, *gain) in beside.items() if word in said(*gain)]
@@ -340,15 +348,14 @@ fig.set_label(
 # written out, without schedulers, other optimizers or ``state_dict``. A wide interval
 # can hide a gain or a loss: repeat the run on a quiet machine. If the form by hand is
 # faster, the reason is probably that it calls fewer operators: ``vmap`` adds the bias
-# after the product, and takes the loss apart into small operators (tested). The
-# compiler can join these again.
+# after the product, and takes the loss apart into small operators (tested).
 #
 # The mistake: to compile a short training
 # ----------------------------------------
 #
 # The first call counts. After how many steps is it earned back? That number is the time
-# of the first call divided by the time that each step saves; it has an interval because
-# the gain has one.
+# of the first call, measured once, divided by the time that each step saves; its
+# interval is that of the gain alone.
 
 if copied in beside:
     was, now, gain, low, high = beside[copied]
