@@ -171,7 +171,8 @@ for state, params in states.items():
     for name, to in precisions.items():
         mode, u = ("tf32", 2**-11) if name == "TF32" else ("ieee", None)
         conv.fp32_precision = matmul.fp32_precision = mode
-        stacked, x = {n: p.to(*to) for n, p in params.items()}, images.to(*to)
+        stacked = {n: p.cpu().to(*to) for n, p in params.items()}
+        x = images.cpu().to(*to)
         a = loop_over(predict, stacked, x)
         b = vmap(predict, in_dims=(0, None))(stacked, x)
         key = state, name
@@ -313,7 +314,7 @@ def member_loss(params, x, y):
 
 def train(way, place, dtype, move=0.0):
     """All weights after 200 steps, in float64."""
-    params = {n: p.detach().to(place, dtype, copy=True) for n, p in start.items()}
+    params = {n: p.detach().cpu().to(place, dtype, copy=True) for n, p in start.items()}
     for p in params.values():
         p.add_(move * torch.randn_like(p)).requires_grad_()
     optimizer = torch.optim.Adam(params.values(), lr=0.01)

@@ -323,7 +323,7 @@ for way, (seconds, *gain) in times.items():
     print(row, against)
 quick = [way for way, (_, _, _, high) in times.items() if high >= 0.98]
 name, k = min(quick, key=peaks.get)
-print(finding := f"Not slower than the loop, with least memory: {name}, {k} at a time.")
+print(finding := f"Not seen to be slower, with least memory: {name}, {k} at a time.")
 twice = num_models * max(p.nbytes for p in skeleton.parameters()) / 1e6
 print(f"all gradients, the largest twice: {num_models * one_model + twice:.0f} MB")
 
