@@ -121,12 +121,10 @@ def test_the_lines_of_the_readme_and_the_landing_page_are_the_same_and_run():
     readme, landing = (ROOT / name for name in ("README.md", "index.rst"))
     code = readme.read_text().split("```python\n")[1].split("```")[0]
     assert textwrap.indent(code, "   ") in landing.read_text()
-    models = [torch.nn.Linear(6, 3) for _ in range(5)]
-    minibatches = torch.randn(5, 8, 6)
-    names = {"models": models, "minibatches": minibatches, "minibatch": minibatches[0]}
+    names = {}
     exec(code, names)
-    loop = torch.stack([model(minibatches[0]) for model in models])
-    torch.testing.assert_close(names["logits"], loop)
-    own = names["vmap"](names["predict"])(names["params"], {}, minibatches)
-    loop = [model(x) for model, x in zip(models, minibatches, strict=True)]
-    torch.testing.assert_close(own, torch.stack(loop))
+    models, x = names["models"], names["x"]
+    own = [model(row) for model, row in zip(models, x, strict=True)]
+    torch.testing.assert_close(names["logits"], torch.stack(own))
+    same = torch.stack([model(x[0]) for model in models])
+    torch.testing.assert_close(names["same"], same)
