@@ -356,6 +356,7 @@ except ValueError as error:
 # Next
 # ----
 #
+# - ``plot_your_own_model.py``: whether it works for your model, and pays.
 # - ``plot_recipes.py``: what one does with an ensemble, a few lines each.
 # - ``plot_training.py`` trains all models with one optimizer.
 # - ``plot_state.py``: batch norm, dropout, tied weights.

@@ -1,0 +1,379 @@
+"""
+Will vmap work for your own model?
+==================================
+
+Put your own module and one batch into one cell, and learn from the run whether many
+such models can become one call of ``torch.func.vmap``, whether that is faster here than
+a loop, and what to do.
+
+**In short.** Five questions decide: do the models stack, does ``vmap`` accept them,
+does one call compute what a loop computes, how many fit into memory, and is one call
+faster. Each is a short function below; the last one asks them all and prints what to
+do.
+
+Before you start: ``plot_ensembling.py`` says what a stack and ``vmap`` are.
+"""
+
+# %%
+# Set-up
+# ------
+
+import math
+import warnings
+from collections import Counter
+from functools import partial
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.benchmark import timer
+
+torch.manual_seed(0)
+cpu = torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or cpu
+where = torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
+print(f"{where}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+
+# %%
+# Your model and one batch
+# ------------------------
+#
+# Replace these lines. ``build`` makes one model, with new weights in each call, and
+# ``batch`` is what one call of the model gets, all its arguments:
+
+
+def build():
+    hidden = nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1)
+    return nn.Sequential(*hidden, nn.Linear(32, 10))
+
+
+batch = (torch.randn(32, 64),)
+
+# %%
+# Do they stack?
+# --------------
+#
+# One function of all models; all get the same batch. Dropout needs ``randomness``.
+
+
+def stack(build, num_models, train=False, double=False):
+    """Models, their stacked parameters, and one call of all of them."""
+    models = [build().train(train) for _ in range(num_models)]
+    models = [m.cpu().double() if double else m.to(device) for m in models]
+    params, buffers = stack_module_state(models)
+    with torch.device("meta"):
+        skeleton = build().train(train)
+
+    def one(params, buffers, batch):
+        return functional_call(skeleton, (params, buffers), batch, strict=True)
+
+    every = vmap(one, in_dims=(0, 0, None), randomness="different")
+    return models, params, partial(every, params, buffers)
+
+
+models, params, call = stack(build, num_models=4)
+for name, p in params.items():
+    print(f"{name:12} {list(p.shape)}")
+
+# %%
+# Where this stops, the models differ in class or in shapes, or building one needs the
+# values of tensors. ``plot_recipes.py`` has one stack and one call for each kind of
+# model.
+#
+# Does vmap accept them?
+# ----------------------
+#
+# To predict with two models, and to train them. The loss is the sum of the squares of
+# all that a model returns: any loss will do for these questions.
+
+
+def to_device(batch):
+    return tree_map(lambda t: t.to(device), batch)
+
+
+def loss_of(outputs):
+    tensors = [t for t in tree_leaves(outputs) if torch.is_tensor(t)]
+    return sum(t.square().sum() for t in tensors if t.is_floating_point())
+
+
+def refusal(build, batch, train):
+    """What PyTorch says against it, or nothing."""
+    try:
+        _, _, call = stack(build, 2, train)
+        with torch.set_grad_enabled(train):
+            outputs = call(to_device(batch))
+        if train:
+            loss_of(outputs).backward()
+    except Exception as error:  # whatever it is, its words are the answer
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+print("predict:", refusal(build, batch, train=False) or "accepted")
+print("train:", refusal(build, batch, train=True) or "accepted")
+
+# %%
+# **Does it loop without a word?** An operator that ``vmap`` cannot run for all models
+# at once runs once for each model, sometimes without a warning. It is found by counting
+# the operators of a training step: with twice the models they must not become more.
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count[str(operator)] += not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+
+def loops(build, batch, train):
+    """Operators that run more often for four models than for two."""
+    counts = []
+    for num_models in 2, 4:
+        _, _, call = stack(build, num_models, train)
+        with torch.set_grad_enabled(train), Operators() as seen:
+            outputs = call(to_device(batch))
+            if train:
+                with torch.autograd.set_multithreading_enabled(False):
+                    loss_of(outputs).backward()
+        counts.append(seen.count)
+    return [name for name, times in counts[1].items() if times > counts[0][name]]
+
+
+print("operators that loop:", ", ".join(loops(build, batch, train=True)) or "none")
+
+# %%
+# Does it compute what the loop computes?
+# ---------------------------------------
+#
+# Three models in float64 on the CPU, where rounding is far below any mistake: their
+# outputs, and in training their gradients, too. Dropout is switched off, because one
+# call and a loop draw other numbers. A distance is divided by the largest output, or by
+# the largest gradient.
+
+
+def without_dropout(model):
+    for module in model.modules():
+        for rate in "p", "dropout":  # of nn.Dropout, and of attention
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    return model
+
+
+def loop(models, batch):
+    outputs = [model(*batch) for model in models]
+    return tree_map(lambda *rows: torch.stack(rows), *outputs)
+
+
+def farthest(pairs):
+    largest = max(looped.abs().max() for _, looped in pairs)
+    return max(((a - b).abs().max() / largest).item() for a, b in pairs)
+
+
+def distance(build, batch, train):
+    """The largest distance between one call and the loop."""
+    models, params, call = stack(lambda: without_dropout(build()), 3, train, True)
+    batch = tree_map(lambda t: t.cpu().double() if t.is_floating_point() else t, batch)
+    with torch.set_grad_enabled(train):
+        called, looped = call(batch), loop(models, batch)
+    pairs = [*zip(tree_leaves(called), tree_leaves(looped), strict=True)]
+    far = farthest(pairs)
+    if train:
+        (loss_of(called) + loss_of(looped)).backward()
+        weights = zip(params.values(), *[m.parameters() for m in models], strict=True)
+        grads = [(p.grad, [q.grad for q in own]) for p, *own in weights]
+        far = max(
+            far, farthest([(g, torch.stack(own)) for g, own in grads if g is not None])
+        )
+    return far
+
+
+apart = distance(build, batch, train=True)
+print(f"largest relative distance: {apart:.0e}")
+assert apart < 1e-10, "one call does not compute what the loop computes"
+
+# %%
+# How many fit into memory?
+# -------------------------
+#
+# A model in training keeps four numbers for each weight (itself, its gradient, two
+# averages of Adam) and the activations that the backward pass needs. Temporary tensors
+# come on top, so this is a bound; ``plot_memory.py`` measures.
+
+
+def megabytes(build, batch):
+    """What training keeps for one model."""
+    model, x, kept = build().to(device), to_device(batch), {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        _loss = loss_of(model(*x))  # holds what was kept
+    for t in tree_leaves(([*model.parameters()], [*model.buffers()], x)):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    weights = sum(p.nbytes for p in model.parameters())
+    return (4 * weights + sum(kept.values())) / 1e6
+
+
+each = megabytes(build, batch)
+fit = float(f"{8000 / each:.1g}")
+print(f"training keeps {each:.2g} MB for each model: 8 GB hold {fit:,.0f} at most")
+
+# %%
+# Is it faster?
+# -------------
+#
+# One call saves the start of operators and pays for ``vmap`` itself, so many small
+# models should gain, and a few large ones should not. Its rival is a good loop, with
+# one fused optimizer for all models and one backward pass of the sum of their losses.
+# Neither is compiled. After three calls of each, loop and call take turns, at least
+# seven; a gain is the median ratio of the turns, in brackets its 95 % interval.
+
+
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
+
+
+# %%
+# Prediction is in evaluation mode without gradients, a step of training with Adam, both
+# in float32:
+
+
+def train_step(optimizer, outputs_of, batch):
+    optimizer.zero_grad()
+    loss_of(outputs_of(batch)).backward()
+    optimizer.step()
+
+
+def gain(build, batch, num_models, train):
+    """Gain of one call over the loop, and its interval."""
+    models, params, call = stack(build, num_models, train)
+    ways = [partial(loop, models), call]
+    if train:
+        every = [p for model in models for p in model.parameters()]
+        for way, weights in enumerate([every, params.values()]):
+            optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True)
+            ways[way] = partial(train_step, optimizer, ways[way])
+    x = to_device(batch)
+    with torch.set_grad_enabled(train):
+        _, (_, *found) = in_turns(*[partial(way, x) for way in ways], seconds=0.5)
+    return found
+
+
+# %%
+# What to do
+# ----------
+#
+# All questions in one function, for this model, an LSTM and a transformer layer:
+
+tasks, sizes = {"predict": False, "train": True}, [4, 16, 64]
+
+
+def advise(build, batch):
+    """Print what to do with many such models, and why; return the gains of one call."""
+    gains = {}
+    for task, train in tasks.items():
+        if words := refusal(build, batch, train):
+            print(f"To {task}, a loop, because vmap refuses: {words}")
+            continue
+        if distance(build, batch, train) > 1e-10:
+            print(f"To {task}, a loop, because one call computes something else.")
+            continue
+        row = gains[task] = [gain(build, batch, n, train) for n in sizes]
+        pays = [n for n, found in zip(sizes, row, strict=True) if found[1] > 1.02]
+        way = "one call" if sizes[-1] in pays else "a loop"
+        print(f"To {task}, {way}. In one call,")
+        for n, found in zip(sizes, row, strict=True):
+            print(f"    {n:2} models: {said(*found)}")
+        for name in loops(build, batch, train):
+            print(f"    {name} runs once for each model")
+    return gains
+
+
+layer = partial(nn.TransformerEncoderLayer, 32, 4, 64, batch_first=True)
+with warnings.catch_warnings(action="ignore"):  # of operators that loop: they are named
+    gains = advise(build, batch)
+    print("An LSTM")
+    advise(partial(nn.LSTM, 64, 32, batch_first=True), (torch.randn(32, 10, 64),))
+    print("A transformer layer")
+    _ = advise(layer, (torch.randn(8, 16, 32),))
+
+# %%
+
+fig, ax = plt.subplots(layout="constrained")
+for (task, row), look in zip(gains.items(), ["C0o-", "C1^--"], strict=True):
+    mid, low, high = zip(*row, strict=True)
+    ax.plot(sizes, mid, look, label=task)
+    ax.fill_between(sizes, low, high, color=look[:2], alpha=0.2)
+ax.axhline(1, color="gray")
+ax.set(xscale="log", yscale="log", xlabel="number of models")
+ax.set_ylabel("time of loop / time of one call\n(above 1, one call is faster)")
+ax.set_title(f"The first model of this page, float32\n{where}")
+ax.set_xticks(sizes, labels=sizes)
+ax.yaxis.set_major_formatter("{x:g}")
+ax.minorticks_off()
+ax.legend()
+listing = ", ".join(f"to {task} {said(*row[-1])}" for task, row in gains.items())
+fig.set_label(
+    "Time of a loop divided by the time of one call, with intervals, against the "
+    "number of models, to predict and to train. One call for "
+    f"{sizes[-1]} models: {listing}."
+)
+
+# %%
+# **Where the advice is a loop because vmap refuses**, look for the words of the message
+# in ``plot_what_vmap_refuses.py``; for an LSTM or a GRU, ``plot_recurrent.py`` has a
+# form that is accepted. **Where it is a loop because one call gains nothing**, the
+# models are too few, or each keeps the device busy by itself:
+# ``plot_when_vmap_pays.py`` finds from how many on one call pays. **Where an operator
+# runs once for each model**, the result is right, and a form of it that does not loop
+# may gain more: ``plot_what_vmap_runs.py``.
+#
+# These functions give the right answer for 25 kinds of modules, and for six that
+# ``vmap`` refuses (tested). They do not see what a module keeps outside of its
+# parameters and buffers, such as a counter: one call counts once for all models.
+#
+# Remember
+# --------
+#
+# Ask before you rewrite: do they stack, are they accepted, equal, do they fit, is it
+# faster? A refusal names its operator. A loop inside of ``vmap`` shows in the count of
+# operators. Equality is a question for float64, without dropout.
+#
+# Next
+# ----
+#
+# - ``plot_recipes.py``: what one does with an ensemble, a few lines each.
+# - ``plot_what_vmap_refuses.py``: the messages, and what to write.
+# - ``plot_training.py``: train all of them.
