@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pages import names_of
+from pages import names_of, text_of
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -134,3 +134,14 @@ def test_a_copied_skeleton_computes_from_unwritten_memory_without_strict():
     finally:
         torch.use_deterministic_algorithms(False)
     assert wrong.isnan().any()
+
+
+def test_dropout_with_a_rate_for_each_member():
+    names = {"torch": torch}
+    text = text_of("training/plot_state").split("def dropout(x, p):")[1]
+    body = text.split("return ")[1].split("\n")[0]
+    exec(f"def dropout(x, p): return {body}", names)
+    rates, ones = torch.tensor([0.0, 0.25, 0.75]), torch.ones(3, 100_000)
+    dropped = vmap(names["dropout"], randomness="different")(ones, rates)
+    assert torch.allclose((dropped == 0).float().mean(1), rates, atol=0.01)
+    assert torch.allclose(dropped.mean(1), torch.ones(3), atol=0.02)

@@ -337,8 +337,17 @@ for kind, members in {"attributes": plain, "buffers": cured}.items():
 
 # %%
 # Some layers insist on a number, such as the ``momentum`` of batch norm or the ``p`` of
-# dropout. Group members that share it, with one skeleton and one call for each group.
-# ``BatchNorm1d(momentum=None)`` runs under ``vmap`` in eval mode only.
+# ``nn.Dropout``. Group members that share it, with one skeleton and one call for each
+# group, or write the layer out. Dropout with a rate ``p`` for each member, a buffer or
+# an input (tested):
+#
+# .. code-block:: python
+#
+#     def dropout(x, p):
+#         return x * (torch.rand_like(x) >= p) / (1 - p)
+#
+# ``BatchNorm1d(momentum=None)`` stops in train mode; ``plot_what_vmap_refuses.py`` has
+# another form of it.
 #
 # The mistake: eval mode on the models
 # ------------------------------------
