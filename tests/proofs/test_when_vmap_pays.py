@@ -1,6 +1,5 @@
 """What plot_when_vmap_pays.py says in a clause, on the networks of that page."""
 
-import pytest
 import torch
 from pages import names_of
 from torch.func import functional_call, stack_module_state, vmap
@@ -29,15 +28,6 @@ def test_stacking_in_the_call_changes_no_bit():
     params, buffers = stack_module_state(models)
     outside = vmap(predict)(params, buffers, minibatches)
     assert torch.equal(inside, outside)
-
-
-@pytest.mark.parametrize("chunk_size", [2, 7])
-def test_chunks_that_do_not_divide_the_models_compute_the_same(chunk_size):
-    models, minibatches, predict = make(num_models=5, batch=3)
-    stack = stack_module_state(models)
-    whole = vmap(predict)(*stack, minibatches)
-    chunks = vmap(predict, chunk_size=chunk_size)(*stack, minibatches)
-    torch.testing.assert_close(chunks, whole, atol=1e-10, rtol=1e-10)
 
 
 class Count(TorchDispatchMode):
