@@ -152,14 +152,28 @@ def test_in_a_long_run_a_newcomers_steps_are_three_to_seven_times_too_long():
     assert 6.4 < ratios[11] < 6.6
 
 
+def exported(ensemble, x, **options):
+    file = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # releases warn of themselves
+        program = torch.export.export(ensemble, (x,), **options)
+        torch.export.save(program.run_decompositions({}), file)
+        file.seek(0)
+        return torch.export.load(file).module()
+
+
 @torch.no_grad()
 def test_the_exported_program_computes_what_the_ensemble_computes():
     ensemble, x = Ensemble(nets()).eval(), torch.randn(32, 64, dtype=torch.float64)
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # releases warn of what they do themselves
-        program = torch.export.export(ensemble, (x,))
-        torch.export.save(program.run_decompositions({}), file)
-        file.seek(0)
-        found = torch.export.load(file).module()(x)
+    found = exported(ensemble, x)(x)
     torch.testing.assert_close(found, ensemble(x), atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_the_batch_may_vary_if_members_consist_of_linear_layers():
+    dynamic = {"dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}}
+    linear = [nn.Sequential(nn.Linear(64, 8), nn.ReLU()).double() for _ in range(3)]
+    ensemble, x = Ensemble(linear).eval(), torch.randn(32, 64, dtype=torch.float64)
+    found = exported(ensemble, x, **dynamic)(x[:5])
+    torch.testing.assert_close(found, ensemble(x[:5]), atol=1e-10, rtol=0)
+    with pytest.raises(Exception, match="specialized it to be a constant"):
+        exported(Ensemble(nets()).eval(), x, **dynamic)

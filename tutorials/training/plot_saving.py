@@ -60,15 +60,22 @@ models = [Net().to(**double) for _ in range(num_models)]
 # The lines to copy. The folder is temporary here; yours will stay.
 
 params, buffers = stack_module_state(models)  # "fc1.weight": [10, 8, 64], ...
+optimizer = torch.optim.Adam(params.values(), lr=0.003)  # and now you train
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder, "ensemble.pt")
-    torch.save((params, buffers), path)
-    params, buffers = torch.load(path, map_location="cpu")
+    state = {"params": params, "buffers": buffers, "optimizer": optimizer.state_dict()}
+    torch.save(state, path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+
+params, buffers = state["params"], state["buffers"]
+optimizer = torch.optim.Adam(params.values())  # its rate is in the file
+optimizer.load_state_dict(state["optimizer"])
 
 member = Net().to(**double)
 row = {name: tensor[3] for name, tensor in (params | buffers).items()}
 member.load_state_dict(row)
+member.eval()  # to predict
 
 for name, tensor in models[3].state_dict().items():
     assert torch.equal(member.state_dict()[name], tensor), (
@@ -80,7 +87,8 @@ print("Member 3 went in and came out with the same bits.")
 # What you hold now:
 #
 # - ``params`` and ``buffers``, ready to go on: the parameters come back as leaves that
-#   require gradients, so an optimizer takes them.
+#   require gradients, so an optimizer takes them. ``weights_only=True``, the default
+#   since torch 2.6, loads tensors and containers, and refuses code in a file.
 # - ``member``, a ``Net`` like any other, which shares no memory with the stack. (With
 #   tied weights or non-persistent buffers, ``load_state_dict`` stops at missing or
 #   unexpected keys: take ``Ensemble(models).member(3)`` below.)
@@ -92,9 +100,8 @@ print("Member 3 went in and came out with the same bits.")
 # ---------------------------------
 #
 # In a larger program, the stack should follow ``to``, ``eval`` and ``state_dict``. For
-# that, a module has to hold it. The names contain dots, which ``register_parameter``
-# refuses; and ``functional_call`` needs a skeleton. One object solves both: **a copy of
-# one model whose own tensors are the stacked ones**. Three helpers:
+# that, a module has to hold it, and a skeleton has to run it. One module can be both:
+# **a copy of one model whose own tensors are the stacked ones**. Three helpers:
 
 
 def tensors(module):
@@ -103,10 +110,16 @@ def tensors(module):
 
 def with_tensors(model, new):
     """Copy of a model that holds other tensors; what is tied stays tied."""
-    memo = {id(buffer): new[name] for name, buffer in model.named_buffers()}
-    for name, p in model.named_parameters():
-        memo[id(p)] = nn.Parameter(new[name].detach(), p.requires_grad)
-    return copy.deepcopy(model, memo)  # takes memo[id(t)] in place of t
+    model = copy.deepcopy(model)
+    made = {}  # by the tensor that it replaces
+    for name, t in tensors(model).items():
+        p = isinstance(t, nn.Parameter)
+        made[t] = nn.Parameter(new[name].detach(), t.requires_grad) if p else new[name]
+    for module in model.modules():
+        named = module.named_parameters, module.named_buffers
+        for name, t in [pair for own in named for pair in own(recurse=False)]:
+            setattr(module, name, made[t])
+    return model
 
 
 def check_members(models):
@@ -178,6 +191,14 @@ for name, tensor in ensemble.state_dict().items():
     print(f"{name:33} {list(tensor.shape)}")
 
 # %%
+# Names that begin with ``module.``, as ``DistributedDataParallel`` writes them, or with
+# ``_orig_mod.``, as ``torch.compile`` does, lose that before ``load_state_dict``:
+#
+# .. code-block:: python
+#
+#     for prefix in "module.", "_orig_mod.":
+#         state = {name.removeprefix(prefix): t for name, t in state.items()}
+#
 # Train it like any module
 # ------------------------
 #
@@ -247,8 +268,7 @@ resumed_optimizer.load_state_dict(checkpoint["optimizer"])
 
 # %%
 # From here on, ``resumed`` trains as ``ensemble`` would have (tested, bit for bit on a
-# CPU). If your loop has a scheduler, a random order of the data or dropout, save the
-# state of the scheduler and of the random generators as well.
+# CPU). Save the states of a scheduler and of random generators as well.
 #
 # Drop, add or replace a member
 # -----------------------------
@@ -327,25 +347,30 @@ fig.set_label(
 # ---------
 #
 # ``torch.export`` turns the ensemble into a program that runs without your classes, and
-# computes the same (tested). The second line executes the switches of ``vmap``, which
-# torch 2.11 could not save. For other batch sizes, see ``dynamic_shapes``.
+# computes the same (tested). ``run_decompositions`` executes the switches of ``vmap``,
+# which torch 2.11 could not save:
 #
 # .. code-block:: python
 #
 #     program = torch.export.export(ensemble.eval(), (x_val,))
 #     program = program.run_decompositions({})
 #     torch.export.save(program, "ensemble.pt2")
+#     logits = torch.export.load("ensemble.pt2").module()(x_val)
+#
+# It takes batches of that size only. With
+# ``dynamic_shapes={"x": {0: torch.export.Dim("batch")}}`` it takes any, if members
+# consist of linear layers; under ``vmap``, batch norm and convolutions fix the size
+# (tested): pad the last batch. For ONNX, hand the decomposed program to
+# ``torch.onnx.export(program, dynamo=True)``: onnxruntime 1.32 computed the same logits
+# (tried with torch 2.13 and onnxscript 0.7.2).
 #
 # Or use tensordict
 # -----------------
 #
-# ``TensorDict.from_modules(*models, as_module=True)`` of the package `tensordict
-# <https://docs.pytorch.org/tensordict/stable/index.html>`_ is a module that holds the
-# stack, too. The state becomes one value, which you index, slice and compute with in
-# one line: prefer it where your program does that, or uses torchrl anyway. What we
-# found in version 0.15.3: it refuses models whose tensors have other names or shapes,
-# but not other dtypes or layers (call ``check_members`` before); tied weights come
-# apart; a state that lacks a bias loads without a word; ``torch.export`` fails.
+# ``TensorDict.from_modules(*models, as_module=True)`` of `tensordict
+# <https://docs.pytorch.org/tensordict/stable/index.html>`_ is such a module, too, which
+# you index and slice. In version 0.15.3 it accepted models of other dtypes or layers,
+# tied weights came apart, and ``torch.export`` failed.
 #
 # The mistake: keeping the models instead of the stack
 # ----------------------------------------------------
