@@ -305,7 +305,7 @@ check(buffers["running_mean"], [norm.running_mean for norm in norms])
 # ---------------------------------
 #
 # Leave ``out=`` out. Write an LSTM out: here one layer and one sequence;
-# ``plot_what_vmap_runs.py`` has layers, minibatches and the GRU.
+# ``plot_recurrent.py`` has layers, minibatches and the GRU.
 
 lstms = [nn.LSTM(6, 5, **double) for _ in xs]
 params, _ = stack_module_state(lstms)
@@ -485,6 +485,7 @@ check(sums, [x.sum() for x in xs])
 # Next
 # ----
 #
+# - ``plot_recurrent.py``: an LSTM or a GRU in full, with layers, state and times.
 # - ``plot_from_functorch.py``: older code, and code from JAX.
 # - ``plot_state.py``: batch norm, dropout and tied weights of an ensemble.
 #
