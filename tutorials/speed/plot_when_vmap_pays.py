@@ -17,7 +17,6 @@ To know before: how many models become one call, in ``plot_ensembling.py``.
 # Set-up
 # ------
 
-import functools
 import math
 
 import matplotlib.pyplot as plt
@@ -110,17 +109,19 @@ def said(gain, low, high):
 print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 
 # %%
-# That was a forward pass in evaluation mode under ``no_grad``, without a compiler; a
-# compiler can move all that follows, so see ``plot_fastest_mlp.py`` for compiled ways.
-# All of this page is IEEE float32 on the device named above, three calls of each way
+# That was a forward pass in evaluation mode under ``no_grad``, a loop over modules,
+# and no compiler. A faster loop or a compiled call can move every number of this page:
+# ``plot_fastest_mlp.py`` measures them.
+#
+# All of this page is IEEE float32 on the device named above. Three calls of each way
 # warm up, seven or more turns follow. A gain is the median ratio of the turns, brackets
 # hold its interval (a sign test; of twenty intervals one may miss), and the call's time
 # is the loop's median over the gain.
 #
-# **If no difference is seen**, give more ``seconds`` or a quieter machine. **If vmap is
-# slower**, or gains little, look among the three reasons below. On a CPU that has other
-# work to do, also try ``torch.set_num_threads(1)``: the threads of an operator wait for
-# each other, so that one busy core may delay them all (not measured here).
+# **If no difference is seen**, give more ``seconds`` or a quieter machine. On a CPU
+# that has other work to do, also try ``torch.set_num_threads(1)``: the threads of an
+# operator wait for each other, so one busy core may delay them all (not measured here).
+# **If vmap is slower**, or gains little, look among the three reasons below.
 #
 # Why one call can win: it pays the overhead once
 # -----------------------------------------------
@@ -191,9 +192,9 @@ def compare_training(build, num_models, batch, shape, seconds=1.0):
 # number. They and the largest get the most seconds. An accelerator gets more models and
 # larger minibatches.
 
-most, large = (256, 512) if device.type == "cpu" else (1024, 4096)
+most, large = (256, 512) if device.type == "cpu" else (512, 4096)
 two = [1, most // 4]
-seconds = {1: 0.5, 2: 0.25, 4: 0.25, 8: 0.25, 16: 0.25, two[1]: 0.5, most: 1.0}
+seconds = {1: 0.5, 2: 0.25, 4: 0.25, 8: 0.25, 16: 0.25, two[1]: 0.5, most: 0.8}
 
 
 def straight(curve):
@@ -205,7 +206,7 @@ def straight(curve):
 
 
 def pays_from(curve):
-    """The number of models from which on every measured one is told faster."""
+    """The number of models from which on vmap is faster wherever it was measured."""
     slow = [n for n, (_, (_, _, low, _)) in curve.items() if low <= 1.02]
     return next((n for n in curve if n > max(slow, default=0)), "not seen")
 
@@ -221,6 +222,7 @@ def report(task, curve):
 
 
 # %%
+# Both tasks at all of these sizes:
 
 curves = {
     f"forward pass, batch {batch}": {
@@ -234,9 +236,10 @@ for task, curve in curves.items():
     report(task, curve)
 
 # %%
-# "Faster from" is the number from which on every measured one is told faster, and the
-# dotted line of the figure. Bars are the intervals, drawn as times. While :math:`c` is
-# nearly all of the call's time, its curve is flat: **one more model is nearly free**.
+# "Faster from" names the smallest number that was measured at which ``vmap`` is faster,
+# beyond noise, and stays so at every larger one: the dotted line of the figure. Bars
+# are the intervals, drawn as times. While :math:`c` is nearly all of the call's time,
+# its curve is flat: **one more model is nearly free**.
 
 fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
 for ax, (task, curve) in zip(axes, curves.items(), strict=True):
@@ -260,7 +263,7 @@ found = [
 fig.set_label(
     "Two panels, forward pass and training step: time of a loop and of one vmap call "
     f"against the number of models, logarithmic axes, on {name}, the rule dashed. One "
-    f"vmap call against a loop, neither of them compiled: {'; '.join(found)}."
+    f"vmap call against a loop over modules, no compiler: {'; '.join(found)}."
 )
 
 # %%
@@ -286,20 +289,19 @@ for task, curve in more.items():
 # Predict a size that you did not measure
 # ---------------------------------------
 #
-# All sizes but the two that made the rule test it; the largest lies four times beyond.
+# All sizes but the two that made the rule test it. The largest lies four times beyond.
 
-rows = []  # task, number of models, predicted gain, measured gain, its interval
+rows = []
 for task, curve in (curves | more).items():
     (a, b), (c, d) = straight(curve)
     new = [n for n in curve if n not in two]
     rows += [(task, n, (a + b * n) / (c + d * n), *curve[n][1][1:]) for n in new]
-sides = [
-    (g > 1) == (gain > 1) for *_, g, gain, lo, hi in rows if lo > 1.02 or hi < 0.98
-]
+told = [row for row in rows if row[-2] > 1.02 or row[-1] < 0.98]  # a difference
+right = sum((guess > 1) == (gain > 1) for *_, guess, gain, _, _ in told)
 errors = sorted(abs(guess / gain - 1) for *_, guess, gain, _, _ in rows)
 middle, worst = errors[len(errors) // 2], errors[-1]
-print(f"faster or slower as predicted: {sum(sides)} of {len(sides)} with a difference")
-print(f"error of the predicted gain: median {middle:.0%}, largest {worst:.0%}")
+print(f"the rule names the faster way at {right} of {len(told)} sizes that have one")
+print(f"error of its gain: median {middle:.0%}, largest {worst:.0%}")
 print(f"{'models':>27} predicted measured (interval)   error")
 for task, n, guess, gain, low, high in rows:
     print(f"{task:22} {n:4} {guess:9.3g} {gain:8.3g}", end=" ")
@@ -315,11 +317,10 @@ for task, n, guess, gain, low, high in rows:
 #
 # The call is slower, or gains little, for one of these.
 #
-# **Too few models**, at the left ends of the curves: the rule says what is too few.
+# **Too few models**, at the left ends of the curves: the rule says how many.
 #
-# **Too large tensors.** The activations of the call are as many times larger as there
-# are models. ``chunk_size`` takes the models in pieces: the same arithmetic, smaller
-# tensors, more operators.
+# **Too large tensors.** One call holds the activations of all models. ``chunk_size``
+# takes the models in pieces: the same arithmetic, smaller tensors, more operators.
 
 models = [mlp().to(device).eval() for _ in range(most)]
 params, buffers = stack_module_state(models)
@@ -331,14 +332,6 @@ def predict(params, buffers, x):
     return functional_call(skeleton, (params, buffers), (x,), strict=True)
 
 
-def loop(x):
-    return torch.stack([m(data) for m, data in zip(models, x, strict=True)])
-
-
-def one_call(x):
-    return vmap(predict)(params, buffers, x)
-
-
 def in_chunks(x):
     return vmap(predict, chunk_size=two[1])(params, buffers, x)
 
@@ -346,15 +339,18 @@ def in_chunks(x):
 @torch.no_grad()
 def against_both(way, batch):
     x = torch.randn(most, batch, *shape, device=device)
-    ways = [functools.partial(f, x) for f in (way, loop, one_call)]
-    _, *others = in_turns(*ways, seconds=0.5)
-    over = [said(1 / gain, 1 / high, 1 / low) for _, gain, low, high in others]
-    return f"{most} models, batch {batch}: loop: {over[0]}, one call: {over[1]}"
+    _, *others = in_turns(
+        lambda: way(x),
+        lambda: torch.stack([m(data) for m, data in zip(models, x, strict=True)]),
+        lambda: vmap(predict)(params, buffers, x),
+        seconds=0.4,
+    )
+    loop, call = (said(1 / gain, 1 / high, 1 / low) for _, gain, low, high in others)
+    return f"batch {batch}, against a loop: {loop}\n  against one call: {call}"
 
 
-print(f"in chunks of {two[1]}, against")
 for size in 1, batch, large:
-    print(against_both(in_chunks, size))
+    print(f"{most} models in chunks of {two[1]}, {against_both(in_chunks, size)}")
 
 # %%
 # Where chunks are faster than the one call with all models, the size of the tensors was
@@ -370,31 +366,29 @@ for size in 1, batch, large:
 # -----------------------------------
 #
 # With ``stack_module_state`` inside of what is called often, the result is the same
-# (tested), no message tells, and each call copies all parameters before it begins:
+# (tested), no message warns, and each call copies all parameters before it begins:
 
 
 def stacked_again(x):
     return vmap(predict)(*stack_module_state(models), x)
 
 
-print("stacked in every call, against")
-print(against_both(stacked_again, batch))
+print(f"{most} models stacked in every call, {against_both(stacked_again, batch)}")
 
 # %%
 # Remember
 # --------
 #
 # **A loop pays its overhead for every model, one call pays a larger one once.** Two
-# sizes of your own network give a first estimate from how many models on one call pays.
-# Test it on a third, and compare with the fastest loop that you can write.
+# sizes of your own network give a first estimate of the number of models from which one
+# call pays. Test it on a third, and compare with the fastest loop that you can write.
 #
 # Next
 # ----
 #
 # - ``plot_what_vmap_runs.py``: the operators of one call, and a fourth reason, those
 #   that ``vmap`` cannot batch.
-# - ``plot_fastest_mlp.py``: faster ways to predict, compiled ones among them.
-# - ``plot_faster_training.py``: slower and faster loops to train, and faster calls.
+# - ``plot_fastest_mlp.py``, ``plot_faster_training.py``: faster loops, faster calls.
 # - ``plot_memory.py``: what a call needs, and ``chunk_size``.
 #
 # References
