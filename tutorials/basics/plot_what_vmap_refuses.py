@@ -485,6 +485,7 @@ check(sums, [x.sum() for x in xs])
 # Next
 # ----
 #
+# - ``plot_silent_mistakes.py``: what goes wrong without a message.
 # - ``plot_recurrent.py``: an LSTM or a GRU in full, with layers, state and times.
 # - ``plot_from_functorch.py``: older code, and code from JAX.
 # - ``plot_state.py``: batch norm, dropout and tied weights of an ensemble.

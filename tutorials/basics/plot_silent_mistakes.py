@@ -1,0 +1,222 @@
+"""
+Mistakes with vmap that raise no error
+======================================
+
+Recognize eight mistakes that ``torch.func.vmap`` accepts without a message, each beside
+the line that is right, and keep the one test that notices most of them.
+
+**In short.** ``vmap`` checks sizes, not meaning: what has the right shape is computed.
+Write the loop once, compare one call with it in float64, and look at the shape of the
+result. The last section says which of these mistakes that finds, and which it does not.
+
+For mistakes that stop with a message, see ``plot_what_vmap_refuses.py``.
+"""
+
+# %%
+# Set-up, and the test to keep
+# ----------------------------
+
+import copy
+import random
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+torch.manual_seed(0)
+double = {"device": "cpu", "dtype": torch.float64}
+num_models = 4
+models = [nn.Linear(4, 3, **double) for _ in range(num_models)]
+params, _ = stack_module_state(models)
+with torch.device("meta"):
+    skeleton = nn.Linear(4, 3)
+minibatches = torch.randn(num_models, 8, 4, **double)  # one for each model
+
+
+def predict(params, x):
+    return functional_call(skeleton, params, (x,), strict=True)
+
+
+def compare(mistake, right, loop):
+    """Print how far a mistake is from the loop; what is right has to equal it."""
+    loop = torch.stack(list(loop))
+    torch.testing.assert_close(right, loop, rtol=0, atol=1e-10)
+    if mistake.shape != loop.shape:
+        print(f"shape {list(mistake.shape)} where the loop has {list(loop.shape)}")
+    else:
+        print(f"shape as in the loop, {(mistake - loop).abs().max():.2g} away from it")
+
+
+# %%
+# A keyword argument is not mapped
+# --------------------------------
+#
+# ``vmap`` maps arguments by position. A keyword argument goes whole to every model:
+# here each model gets the scales of all four, one for each of four features.
+
+
+def scaled(params, x, scale):
+    return predict(params, x * scale)
+
+
+scales = torch.tensor([0.1, 1.0, 10.0, 100.0], **double)  # one for each model
+mistake = vmap(scaled)(params, minibatches, scale=scales)
+right = vmap(scaled)(params, minibatches, scales)
+loop = (m(x * s) for m, x, s in zip(models, minibatches, scales, strict=True))
+compare(mistake, right, loop)
+
+# %%
+# A shared batch has as many rows as there are models
+# ---------------------------------------------------
+#
+# Without ``None`` for it, model *i* gets row *i* and no other. With any other number of
+# rows this raises an error.
+
+batch = torch.randn(4, 4, **double)  # four samples for all models
+mistake = vmap(predict)(params, batch)
+right = vmap(predict, in_dims=(0, None))(params, batch)
+compare(mistake, right, (m(batch) for m in models))
+
+# %%
+# The function uses a model that it closes over
+# ---------------------------------------------
+#
+# ``models[0]`` in the function is not the argument, so all rows are computed by model
+# 0. Its gradient with respect to the argument is zero, and nothing learns.
+
+
+def loss(params, x):
+    return predict(params, x).square().mean()
+
+
+def closed_over(params, x):
+    return models[0](x).square().mean()
+
+
+mistake = vmap(grad(closed_over))(params, minibatches)["bias"]
+right = vmap(grad(loss))(params, minibatches)["bias"]
+for model, x in zip(models, minibatches, strict=True):
+    model(x).square().mean().backward()
+gradients = [model.bias.grad for model in models]
+compare(mistake, right, gradients)
+
+# %%
+# The mean of the losses instead of their sum
+# -------------------------------------------
+#
+# The gradient of each model becomes as many times smaller as there are models, and so
+# does its step of SGD. Adam hides that if it has no weight decay (tested).
+
+losses = vmap(loss)(params, minibatches)
+mistake = torch.autograd.grad(losses.mean(), params["bias"], retain_graph=True)[0]
+right = torch.autograd.grad(losses.sum(), params["bias"])[0]
+compare(mistake, right, gradients)
+
+# %%
+# The skeleton is in the other mode
+# ---------------------------------
+#
+# The mode of ``models`` does not count, that of the skeleton does. Dropout would ask
+# for ``randomness``; batch norm takes the statistics of the batch without a word.
+
+norms = [nn.BatchNorm1d(4, **double).eval() for _ in range(num_models)]
+state = stack_module_state(norms)
+with torch.device("meta"):
+    shell = nn.BatchNorm1d(4)  # in train mode, as each new module
+
+
+def normalize(params, buffers, x):
+    return functional_call(shell, (params, buffers), (x,), strict=True)
+
+
+mistake = vmap(normalize)(*copy.deepcopy(state), minibatches)
+shell.eval()
+right = vmap(normalize)(*state, minibatches)
+compare(mistake, right, (m(x) for m, x in zip(norms, minibatches, strict=True)))
+
+# %%
+# One norm clips all models together
+# ----------------------------------
+#
+# ``clip_grad_norm_`` on the stack takes the norm over all models, so a model with a
+# large gradient makes the steps of all others smaller.
+
+grads = vmap(grad(loss))(params, 100 * minibatches * scales[:, None, None])["weight"]
+norms = grads.flatten(1).norm(dim=1)
+mistake = grads * (1 / grads.norm()).clamp(max=1)
+right = grads * (1 / norms).clamp(max=1)[:, None, None]
+compare(mistake, right, (g * (1 / g.norm()).clamp(max=1) for g in grads))
+
+# %%
+# The models change after they were stacked
+# -----------------------------------------
+#
+# ``stack_module_state`` copies. What you train or load into ``models`` afterwards does
+# not reach ``params``, and what you train in ``params`` does not reach ``models``.
+
+with torch.no_grad():
+    models[3].bias += 1
+mistake = vmap(predict)(params, minibatches)
+params, _ = stack_module_state(models)
+right = vmap(predict)(params, minibatches)
+compare(mistake, right, (m(x) for m, x in zip(models, minibatches, strict=True)))
+
+# %%
+# Two that the comparison does not notice
+# ---------------------------------------
+#
+# **All members are one model.** A list times a number, or a copy of one model, gives
+# members that agree everywhere and teach you nothing about uncertainty. A loop over
+# them agrees as well. Look at the spread of the members:
+
+one_model, _ = stack_module_state([models[0]] * num_models)
+for name, state in {"[model] * 4": one_model, "four models": params}.items():
+    spread = vmap(predict, in_dims=(0, None))(state, batch).std(dim=0).mean()
+    print(f"{name}: standard deviation over the members {spread:.2g}")
+
+# %%
+# **Python draws once.** ``vmap`` runs the function once for all models, so ``random``,
+# NumPy and counters in Python are asked once. Draw with torch:
+
+
+def python(x):
+    return x.mean() * 0 + random.random()
+
+
+def with_torch(x):
+    return torch.rand(())
+
+
+for function in python, with_torch:
+    drawn = vmap(function, randomness="different")(minibatches)
+    print(f"{function.__name__}: {len(drawn.unique())} numbers for {num_models} models")
+
+# %%
+# What to test
+# ------------
+#
+# In a project, keep one test of each function that you map: a loop over three models,
+# in float64 on the CPU, with **sizes that all differ** (three models, five samples,
+# four features). Different sizes turn the first two mistakes into errors (tested). For
+# training, compare gradients, and compare one step of the optimizer.
+#
+# Remember
+# --------
+#
+# A right shape proves nothing where sizes coincide. The comparison with a loop notices
+# what the loop does otherwise, so write the loop with the models themselves, not with
+# the function that you map. Members that are one model, and numbers that Python draws,
+# you have to look for.
+#
+# Next
+# ----
+#
+# - ``plot_recurrent.py``: what to do where an LSTM or a GRU is refused.
+# - ``plot_your_own_model.py`` asks your own module these questions.
+# - ``plot_state.py``: batch norm, dropout, tied weights.
+#
+# References
+# ----------
+#
+# - Keyword arguments: `functorch#70 <https://github.com/pytorch/functorch/issues/70>`_,
+#   `pytorch#151558 <https://github.com/pytorch/pytorch/issues/151558>`_.
