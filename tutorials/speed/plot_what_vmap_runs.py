@@ -2,12 +2,12 @@
 What vmap really runs
 =====================
 
-List the operators that ``torch.func.vmap`` runs for your own function, see where the
-milliseconds go, and know what to write for a layer that it loops over or refuses.
+List the operators that ``torch.func.vmap`` runs for your own function, forward and
+backward, beside those of a loop, and find out which of them take the milliseconds.
 
-**In short.** ``vmap`` replaces one operator for each model by one operator for all, but
-large results can cost more than all saved operators. Where it has no rule it loops,
-with a warning, or refuses: attention, LSTM and GRU you write out, in a few lines.
+**In short.** ``vmap`` runs one operator for all models where a loop runs one for each,
+and adds some of its own. On a Linux CPU its results may also be so large that they lie
+in fresh memory at every call, which can cost more than all operators that it saves.
 
 Before you start, read ``plot_ensembling.py``.
 """
@@ -16,18 +16,22 @@ Before you start, read ``plot_ensembling.py``.
 # Set-up
 # ------
 
+import ctypes
 import math
+import platform
 import warnings
-from collections import Counter
-from functools import partial
+from collections import defaultdict
+from difflib import SequenceMatcher
+from itertools import zip_longest
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
@@ -36,52 +40,85 @@ torch.backends.cuda.matmul.fp32_precision = "ieee"
 accelerator = torch.accelerator.current_accelerator(check_available=True)
 device = accelerator or torch.device("cpu")
 num_models = 10
-print(f"{device.type}, torch {torch.__version__}, IEEE float32, timed without autograd")
+print(f"{device.type}, torch {torch.__version__}, IEEE float32")
 
 # %%
 # List the operators of your call
 # -------------------------------
 #
-# Your function sees one member; the operators that run see all of them. A
-# `dispatch mode <https://docs.pytorch.org/docs/stable/notes/extending.html>`_ sees
-# each of them. Put your own call into the ``with``:
+# A `dispatch mode <https://docs.pytorch.org/docs/stable/notes/extending.html>`_ sees
+# every operator. Views move no data and are left out.
 
 
 class Operators(TorchDispatchMode):
-    """Writes down every operator that runs, but no views, which move no data."""
+    """Writes down each operator that runs, and counts the bytes of its tensors."""
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.bytes = [], 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        results = operator(*args, **(kwargs or {}))
         if not operator.is_view and "_unsafe_view" not in str(operator):
-            shapes = [list(x.shape) for x in args if torch.is_tensor(x)]
-            numbers = [x for x in args if type(x) is int]
-            self.calls.append(" ".join(map(str, [operator, *shapes, *numbers])))
-        return operator(*args, **(kwargs or {}))
+            name = str(operator).split(".")[1]
+            shapes = ["x".join(map(str, x.shape)) for x in args if torch.is_tensor(x)]
+            groups = [f"groups={x}" for x in args if "conv" in name and type(x) is int]
+            self.calls.append(" ".join([name, *shapes[:2], *groups]))
+            tensors = filter(torch.is_tensor, tree_leaves((args, kwargs, results)))
+            self.bytes += sum(x.nbytes for x in tensors)
+        return results
 
 
-def one(weight, bias, x):
-    return torch.relu(F.linear(x, weight, bias))
+def forward_and_backward(function, *args):
+    with Operators() as forward:
+        outputs = function(*args)
+    loss = outputs.sum()
+    with Operators() as backward:
+        loss.backward()
+    return forward.calls, backward.calls
 
-
-weight = torch.randn(num_models, 128, 784, device=device)
-bias = torch.randn(num_models, 128, device=device)
-x = torch.randn(num_models, 64, 784, device=device)
-with Operators() as seen:
-    vmap(one)(weight, bias, x)
-print(*seen.calls, sep="\n")
 
 # %%
-# Each line is an operator, the shapes of its tensors and its whole numbers. **A linear
-# layer becomes one batched matrix product**, ``bmm``, and a separate addition of the
-# bias, which for one model is part of ``addmm``. (The small ``mul`` scales the bias.)
+# Put your own function in place of ``one``, a convolution, a ReLU and a linear layer.
+# Left is what a loop runs for each of its ten models, right is all that ``vmap`` runs:
+
+
+def one(kernel, offset, weight, bias, x):
+    hidden = torch.relu(F.conv2d(x, kernel, offset))
+    return F.linear(hidden.flatten(1), weight, bias)
+
+
+shapes = [4, 1, 3, 3], [4], [5, 64], [5]
+stack = [torch.randn(10, *s, device=device, requires_grad=True) for s in shapes]
+first = [rows[0].detach().requires_grad_() for rows in stack]
+x = torch.randn(10, 7, 1, 6, 6, device=device)  # 7 images for each model
+looped = forward_and_backward(one, *first, x[0])
+batched = forward_and_backward(vmap(one), *stack, x)
+
+for side, left, right in zip(["forward", "backward"], looped, batched, strict=True):
+    print(f"{side + ', each model of a loop':46} {side}, vmap")
+    names = [[call.split()[0] for call in calls] for calls in (left, right)]
+    for _, i, j, k, m in SequenceMatcher(None, *names).get_opcodes():
+        for pair in zip_longest(left[i:j], right[k:m], fillvalue=""):
+            print("{:46} {}".format(*pair))
+
+# %%
+# After each name stand the shapes of its first two tensors.
+#
+# - **A convolution becomes one grouped convolution**, forward and backward. The models
+#   are folded into the channels, 40 in place of 4; with ``groups=10`` no model sees the
+#   channels of another. If all models share ``x``, no groups are needed (tested).
+# - **A linear layer becomes one batched matrix product**: ``bmm`` in place of ``addmm``
+#   and ``mm``.
+# - **A bias is split off.** Its ``add`` reads and writes a whole result once more.
+#
+# **The number of operators of vmap does not grow with the models** (tested).
 #
 # Ten CNNs: fewer operators
 # -------------------------
 #
-# A whole network, the CNN of ``plot_ensembling.py`` with a minibatch for each model:
+# From here on: the CNN of ``plot_ensembling.py``, ten models with a minibatch for each,
+# forward and without autograd.
 
 
 def make_cnn():
@@ -94,7 +131,7 @@ def make_cnn():
 
 models = [make_cnn().to(device) for _ in range(num_models)]
 params, buffers = stack_module_state(models)
-minibatches = torch.randn(num_models, 64, 1, 28, 28, device=device)
+minibatches = torch.randn(num_models, 40, 1, 28, 28, device=device)
 with torch.device("meta"):
     skeleton = make_cnn()
 
@@ -103,64 +140,38 @@ def member(params, buffers, x):
     return functional_call(skeleton, (params, buffers), (x,), strict=True)
 
 
-# %%
-# The loop, ``vmap``, and the check that they compute the same:
-
-
 @torch.no_grad()
 def loop():
-    pairs = zip(models, minibatches, strict=True)
-    return torch.stack([model(x) for model, x in pairs])
+    return torch.stack([m(x) for m, x in zip(models, minibatches, strict=True)])
 
 
 @torch.no_grad()
-def one_call(chunk_size=None):
-    return vmap(member, chunk_size=chunk_size)(params, buffers, minibatches)
+def one_call():
+    return vmap(member)(params, buffers, minibatches)
 
+
+# %%
 
 with Operators() as looped:
     expected = loop()
-with Operators() as seen:
+with Operators() as batched:
     outputs = one_call()
 assert torch.allclose(outputs, expected, atol=1e-6, rtol=1e-6), (
     "vmap does not compute what the loop computes"
 )
-each = (len(looped.calls) - 1) / num_models
-print(f"operators: loop {num_models} x {each:g} + 1 stack, vmap {len(seen.calls)}")
-print(*seen.calls, sep="\n")
+for name, seen in {"loop": looped, "vmap": batched}.items():
+    print(f"{name}: {len(seen.calls)} operators on {seen.bytes / 1e6:,.0f} MB")
 
 # %%
-# **A convolution becomes one grouped convolution.** The models are *folded* into the
-# channels, 320 in place of 32; the last number, 10, is ``groups``: no model sees the
-# channels of another. The bias, split off, reads and writes the whole output again.
-# Pooling folds the models into the batch, 640 images, after a ``clone`` into that
-# order. With an input that all models share, a convolution needs no groups and no copy;
-# a linear layer stays a ``bmm`` (tested). **The number of operators does not grow with
-# the models**, nor does it on the way back (tested).
+# The megabytes are the tensors that the operators read and write. ``vmap`` has more,
+# above all for the biases, and for a ``clone`` before the pooling (tested).
 #
 # Where the milliseconds go
 # -------------------------
 #
-# What should happen: both do the same arithmetic; ``vmap`` adds a copy and additions
-# and saves the start of operators. So it should take at most a quarter more time than
-# the loop, and less where starting operators takes the time. The profiler counts for
-# each operator its kernels on a GPU, its own work on a CPU.
-
-on_gpu = device.type == "cuda"
-activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-clock = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-
-
-def milliseconds(ways, rounds=5):
-    """Way -> operator -> milliseconds in one call; means, the ways take turns."""
-    means = {way: Counter() for way in ways}
-    for way, function in list(ways.items()) * rounds:
-        with profile(activities=activities, acc_events=True) as record:
-            function()
-        for e in record.key_averages():
-            if e.key.startswith("aten::"):
-                means[way][e.key[len("aten::") :]] += getattr(e, clock) / 1e3 / rounds
-    return means
+# **What should happen.** Loop and ``vmap`` do the same arithmetic. ``vmap`` starts
+# fewer operators and moves more bytes. So it should take at most the loop's time and
+# the time to move these bytes, at the rate of an addition:
 
 
 def in_turns(*ways, seconds=1.0):
@@ -192,100 +203,152 @@ def said(gain, low, high):
     return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
-# %%
-# Times are medians of at least seven turns, warm, with the interval of the ratio in
-# brackets; whole calls are timed without the profiler, which slows them. ``ways`` may
-# hold your own functions:
-
-ways = {"loop": loop, "vmap": one_call, "chunk_size=2": partial(one_call, chunk_size=2)}
-calls = dict(zip(ways, in_turns(*ways.values()), strict=True))
-times = milliseconds(ways)
-
-_, gain, low, high = calls["vmap"]
-held = "fails" if high < 1 / 1.25 else "holds" if low > 1 / 1.25 else "is not decided"
-print(f"The prediction {held}: vmap takes {1 / gain:.2f} times the loop's time.")
-for way, (seconds, *gain) in calls.items():
-    against = said(*gain) if way != "loop" else ""
-    print(f"  {way:14} {1e3 * seconds:8.2f} ms  {against}")
+source, target = torch.ones(2, 10, len(minibatches[0]), 64, 24, 24, device=device)
+((seconds, *_),) = in_turns(lambda: torch.add(source, 1, out=target), seconds=0.3)
+rate = 2 * source.nbytes / seconds
+extra = (batched.bytes - looped.bytes) / rate
+print(f"{rate / 1e9:.3g} GB/s, so vmap should take at most {1e3 * extra:.4g} ms more")
 
 # %%
-# Is the price the groups of the convolution? ``chunk_size=2`` keeps groups, two at a
-# time, with results a fifth as large:
+# Measured: medians of at least seven turns, warm; brackets hold the ratio's interval.
 
-conv = {way: sum(t for op, t in times[way].items() if "conv" in op) for way in ways}
-whole, chunked = (conv[way] / (conv["loop"] or 1) for way in ("vmap", "chunk_size=2"))
-print(f"The convolution, loop = 1: vmap {whole:.2f}, chunk_size=2 {chunked:.2f}")
-if not conv["loop"]:  # a GPU whose profiler (CUPTI) may not run
-    print("The profiler saw no kernels: these numbers and the bars below say nothing.")
-elif whole < 1.25:
-    print("Grouped, it takes about the loop's time.")
-elif chunked < 1.25:
-    print("In chunks, still grouped, it is near the loop's time: the size of")
-    print("the results, more than the groups, is the price.")
-else:
-    print("It stays slow in chunks: blame the groups, at least in part.")
 
-# %%
+def compare():
+    """Prints the time of a call, and returns its gain over the loop."""
+    (loop_time, *_), (time, *gain) = in_turns(loop, one_call)
+    limit = loop_time + extra
+    print(f"loop {1e3 * loop_time:.4g} ms, vmap {1e3 * time:.4g} ms: {said(*gain)}")
+    against = said(*(limit / loop_time * g for g in gain))
+    print(f"prediction: at most {1e3 * limit:.4g} ms; against it, vmap: {against}")
+    return gain
 
-shown = [op for op, _ in sum(times.values(), Counter()).most_common(5)]
-bars = {op: [t[op] for t in times.values()] for op in shown}
-bars["other operators"] = [
-    t.total() - sum(t[op] for op in shown) for t in times.values()
-]
-bars["between operators"] = [
-    max(0, 1e3 * calls[way][0] - t.total()) for way, t in times.items()
-]
 
-fig, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
-left = [0] * len(ways)
-hatches = ["", "//", "--", "xx", "||", "", "++"]
-for i, (op, row) in enumerate(bars.items()):
-    color = f"C{i}" if i < len(bars) - 1 else "none"
-    look = {"color": color, "edgecolor": "gray", "hatch": hatches[i]}
-    ax.barh(list(ways), row, left=left, label=op, **look)
-    left = [a + b for a, b in zip(left, row, strict=True)]
-ax.invert_yaxis()
-ax.set_xlabel("milliseconds of one call")
-ax.set_title(f"{num_models} CNNs by operator, {device.type}, IEEE float32")
-fig.legend(loc="outside lower center", ncols=2)
-rows = [f"{op} " + ", ".join(f"{t:.1f}" for t in row) for op, row in bars.items()]
-fig.set_label(f"Stacked bars of {', '.join(ways)}, milliseconds: {'; '.join(rows)}.")
+gain = compare()
 
 # %%
-# The profiler says ``clamp_min`` for ``relu`` and ``copy_`` for ``clone``.
+# The profiler splits a call into its operators: their own work on a CPU, the time of
+# their kernels on a GPU.
+
+clock = f"self_{'cpu' if device.type == 'cpu' else 'device'}_time_total"
+
+
+def by_operator(rounds=3):
+    """Operator -> milliseconds of one call of the loop and of vmap; prints most."""
+    rows = defaultdict(lambda: [0.0, 0.0])
+    for column, way in enumerate([loop, one_call]):
+        with profile(acc_events=True) as record:
+            start = timer()  # waits for a GPU
+            for _ in range(rounds):
+                way()
+            rows["whole call"][column] = 1e3 * (timer() - start) / rounds
+        for event in record.key_averages():
+            if event.key.startswith("aten::"):
+                rows[event.key[6:]][column] = getattr(event, clock) / 1e3 / rounds
+    rows = dict(sorted(rows.items(), key=lambda row: -sum(row[1])))
+    shown = dict(list(rows.items())[:8])
+    shown["rest"] = [2 * t[0] - sum(t) for t in zip(*shown.values(), strict=True)]
+    print(f"{'milliseconds':26}{'loop':>10}{'vmap':>10}{'more':>10}")
+    for name, (x, y) in shown.items():
+        print(f"{name:26}{x:10.1f}{y:10.1f}{y - x:+10.1f}")
+    return rows
+
+
+found = {"memory as it is": by_operator()}
+
+# %%
+# Means of three calls; the rows below the first add up to it. Its difference from the
+# time above is the profiler's work, or noise. (``clamp_min`` is the ``relu``, ``copy_``
+# the ``clone``.) Read the column "more":
 #
-# **Where the prediction holds**, look at "between operators", where the device waits
-# for Python: if only the loop waits long, ``vmap`` wins. **Where it fails on a GPU**,
-# suspect the grouped convolution (pytorch#70954). **Where it fails on a CPU**, look at
-# ``clamp_min``: its work is the same in both. If it grows as well, the reason is what
-# all operators of ``vmap`` share, results ten times as large.
+# - **Only vmap has** ``add``, ``copy_``, and ``bmm`` in place of ``addmm``. The
+#   prediction contains the bytes that they move.
+# - **Both have** the convolution, ``clamp_min`` and the pooling, with the same
+#   arithmetic. What ``vmap`` takes more there was not predicted. Two suspects follow,
+#   one at a time: the memory of the results, and the groups.
+#
+# On a GPU most of the rest is time in which no kernel runs; if all is rest, the
+# profiler saw no kernels.
 #
 # On a CPU, large results need fresh memory
 # -----------------------------------------
 #
-# The largest activation here has 94 MB. On a CPU, the allocator of Linux (glibc) takes
-# blocks above 32 MiB from the system and gives them back, every time. Linux usually
-# fills each page of 4 KiB with zeros when it is first written: a *page fault*, 23,000
-# of them for 94 MB, inside of the operator that writes. One addition, into fresh and
-# kept memory:
+# The allocator of most Linux systems (glibc) usually takes a block above 32 MiB from
+# the system and returns it when it is freed (`mallopt
+# <https://man7.org/linux/man-pages/man3/mallopt.3.html>`_). So each call writes to new
+# pages, and the first write to a page waits for the system: a *page fault*. Two
+# settings change that alone. (Without glibc, or on a GPU, the cell prints nothing.)
 
-hidden = torch.randn(num_models, 64, 64, 24, 24, device=device)
-kept = torch.empty_like(hidden)
-reused, fresh = in_turns(lambda: torch.add(hidden, 1, out=kept), lambda: hidden + 1)
-print(f"An addition into kept memory {1e3 * reused[0]:.2f} ms,", end=" ")
-print(f"into fresh memory {1e3 * fresh[0]:.2f} ms: {said(*fresh[1:])}")
+
+def keep_memory():
+    """From now on, memory that is freed stays in this process."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-4, 0)  # M_MMAP_MAX: take no block for itself from the system
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    import resource  # not on Windows
+
+    def page_faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        one_call()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults = page_faults()
+    keep_memory()
+    kept = compare()
+    found["memory kept"] = by_operator()
+    print(f"page faults of vmap: {faults:,}, with kept memory {page_faults():,}")
+    print(f"vmap / loop: {1 / gain[0]:.2f}, with kept memory {1 / kept[0]:.2f}")
+    cause = "a cause" if kept[1] > 1.02 * gain[2] else "not seen as a cause"
+    print(f"Fresh memory is {cause}.")
 
 # %%
-# **Where fresh memory costs much, a small** ``chunk_size`` **is the way out**: results
-# below 32 MiB. Or let the allocator keep large blocks, and see the convolution with all
-# ten groups:
+
+names = list(found["memory as it is"])[1:8]
+fig, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
+for i, (memory, rows) in enumerate(found.items()):
+    more = [b - a for a, b in (rows.get(name, (0, 0)) for name in names)]
+    places = [place + 0.4 * i - 0.2 for place in range(len(names))]
+    ax.barh(places, more, 0.4, label=memory, hatch=["", "//"][i], edgecolor="gray")
+ax.set_yticks(range(len(names)), names)
+ax.invert_yaxis()
+ax.set_xlabel("milliseconds that vmap takes more than the loop")
+ax.set_title(f"{num_models} CNNs by operator, {device.type}, IEEE float32")
+fig.legend(loc="outside lower center", ncols=2)
+fig.set_label(
+    "Milliseconds that vmap takes more than the loop, by operator, "
+    f"{' and '.join(found)}. As it is, vmap against the loop: {said(*gain)}."
+)
+
+# %%
+# **Where fresh memory is a cause**, compare the two bars of an operator: the difference
+# is what the memory costs there, or noise. Call ``keep_memory`` at the start of your
+# program, which then gives no memory back until it ends. Or make the results smaller
+# by ``chunk_size`` (``plot_memory.py``). A GPU's memory is `kept by PyTorch
+# <https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management>`_.
 #
-# .. code-block:: bash
+# Is a grouped convolution slower?
+# --------------------------------
 #
-#    keep=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=9999999999
-#    GLIBC_TUNABLES=$keep python plot_what_vmap_runs.py
-#
-# On a GPU PyTorch keeps the device's memory, so this price does not arise.
+# The second convolution of the CNN, as ten convolutions and with ``groups=10``, on the
+# same numbers. The ten results are together as large as the one, and memory is kept if
+# the cell above could do so. What differs is the groups, and the number of calls:
+
+xs = torch.randn(10, len(minibatches[0]), 32, 26, 26, device=device)
+weights = torch.randn(10, 64, 32, 3, 3, device=device)
+folded = xs.movedim(0, 1).flatten(1, 2), weights.flatten(0, 1)
+(ten, *_), (grouped, *against) = in_turns(
+    lambda: [F.conv2d(x, weight) for x, weight in zip(xs, weights, strict=True)],
+    lambda: F.conv2d(*folded, groups=10),
+)
+print(f"ten {1e3 * ten:.4g} ms, groups {1e3 * grouped:.4g} ms: {said(*against)}")
+
+# %%
+# **Where groups are slower**, as in `pytorch#70954
+# <https://github.com/pytorch/pytorch/issues/70954>`_, give all models the same input,
+# or keep the loop for convolutions. **Where they are faster**, probably one call in
+# place of ten helps.
 #
 # There is a performance drop because we have not yet implemented the batching rule
 # ---------------------------------------------------------------------------------
@@ -307,18 +370,16 @@ def attention(q, k, v):
     return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
 
 
-fused = F.scaled_dot_product_attention
 qkv = torch.randn(3, num_models, 16, 4, 7, 8, device=device)  # heads: 4, tokens: 7
-for name, function in {"fused": fused, "matmul and softmax": attention}.items():
-    gradient = grad(lambda *qkv, f=function: f(*qkv).sum(), argnums=(0, 1, 2))
-    print(f"{name}: loops over {', '.join(fallbacks(gradient, *qkv)) or 'nothing'}")
+for layer in F.scaled_dot_product_attention, attention:
+    gradient = grad(lambda *qkv, layer=layer: layer(*qkv).sum())
+    print(layer.__name__, "loops over", fallbacks(gradient, *qkv))
 
 # %%
 # **Write such a layer from operators that have rules**, as ``attention`` does. Around a
-# layer that you cannot change, ``nn.TransformerEncoderLayer`` in training, put
-# ``sdpa_kernel(SDPBackend.MATH)`` of ``torch.nn.attention`` (tested). On NVIDIA GPUs
-# attention has a rule forward (pytorch#133964); those for backward were still proposed
-# in 2026 (pytorch#176265). Make the warning an error in your tests:
+# layer that you cannot change, such as ``nn.TransformerEncoderLayer`` in training, put
+# ``sdpa_kernel(SDPBackend.MATH)`` of ``torch.nn.attention`` (tested). Make the warning
+# an error in your tests:
 #
 # .. code-block:: python
 #
@@ -327,74 +388,14 @@ for name, function in {"fused": fused, "matmul and softmax": attention}.items():
 # An LSTM or a GRU
 # ----------------
 #
-# ``vmap`` refuses ``nn.LSTM`` and ``nn.GRU``. Keep the modules with their
-# initialization or trained weights, and write the cell out, for any number of layers:
-
-
-def gru_cell(from_x, from_h, h, c):
-    r_x, z_x, n_x = from_x.chunk(3, -1)
-    r_h, z_h, n_h = from_h.chunk(3, -1)
-    z = torch.sigmoid(z_x + z_h)
-    return (1 - z) * torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h) + z * h, c
-
-
-def lstm_cell(from_x, from_h, h, c):
-    i, f, g, o = (from_x + from_h).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def recurrent(cell, params, x):  # time first: x.transpose(0, 1) if batch_first
-    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
-    for layer in range(sum("weight_hh" in name for name in params)):
-        w_x, w_h, b_x, b_h = (params[f"{name}_l{layer}"] for name in names)
-        h = c = x.new_zeros(x.shape[1], w_h.shape[1])
-        outputs = []
-        for from_x in F.linear(x, w_x, b_x):
-            h, c = cell(from_x, F.linear(h, w_h, b_h), h, c)
-            outputs.append(h)
-        x = torch.stack(outputs)
-    return x  # [time, batch, hidden]
-
-
-# %%
-# Compare it once with your own modules, in float64 on the CPU:
-
-x = torch.randn(num_models, 20, 16, 32, device="cpu", dtype=torch.float64)
-for kind, cell in {nn.GRU: gru_cell, nn.LSTM: lstm_cell}.items():
-    rnns = [kind(32, 64, num_layers=2).to(x) for _ in range(num_models)]
-    rnn_params, _ = stack_module_state(rnns)
-    with torch.no_grad():
-        outputs = vmap(partial(recurrent, cell))(rnn_params, x)
-        expected = torch.stack([m(row)[0] for m, row in zip(rnns, x, strict=True)])
-    name, distance = kind.__name__, (outputs - expected).abs().max().item()
-    assert distance < 1e-10, f"the cell is not nn.{name}: {distance:.1e} away"
-    print(f"largest distance from nn.{name} in float64: {distance:.1e}")
-
-# %%
-# With ``batch_first`` but ``x`` as it is, results are wrong and nothing complains. Two
-# directions, projections or no biases raise an error (tested); dropout is left out.
-# ``nn.LSTM`` runs all time steps in one operator, the cell about a dozen a step, but
-# for all models: time both with your number of models.
+# ``vmap`` refuses ``nn.LSTM`` and ``nn.GRU``. ``plot_recurrent.py`` writes them out.
 #
-# Batching rule not implemented for aten::lstm.input
-# --------------------------------------------------
-#
-# The mistake: calling the module itself, which ``vmap`` cannot even loop over.
-
-try:
-    vmap(partial(functional_call, rnns[0]))(rnn_params, x)
-    print("This version of PyTorch runs nn.LSTM: use it as it is.")
-except RuntimeError as problem:
-    print(f"{type(problem).__name__}: {problem}")
-
-# %%
 # Remember
 # --------
 #
-# ``vmap`` runs **one operator where the loop runs one for each model**. On a CPU
-# **large results in fresh memory** can cost more than all saved operators. **A warning
-# about a batching rule means a loop**: write attention, LSTM and GRU out.
+# ``vmap`` runs **one operator where a loop runs one for each model**, and adds those of
+# split biases. On a Linux CPU **large results in fresh memory** can cost more than it
+# saves. **A warning about a batching rule means a loop.**
 #
 # Next
 # ----
@@ -407,7 +408,3 @@ except RuntimeError as problem:
 #
 # - Rules of convolutions: `BatchRulesConvolution.cpp
 #   <https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/functorch/BatchRulesConvolution.cpp>`_.
-# - Grouped convolutions: `pytorch#70954 <https://github.com/pytorch/pytorch/issues/70954>`_.
-# - Recurrent layers: `pytorch#105982 <https://github.com/pytorch/pytorch/issues/105982>`_;
-#   attention: `pytorch#133964 <https://github.com/pytorch/pytorch/pull/133964>`_,
-#   `pytorch#176265 <https://github.com/pytorch/pytorch/pull/176265>`_.
