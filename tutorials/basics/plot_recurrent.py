@@ -8,8 +8,8 @@ Call and train many recurrent networks at once, although ``torch.func.vmap`` ref
 **In short.** Give the skeleton of your model the class ``UnrolledLSTM`` or
 ``UnrolledGRU`` below in place of ``nn.LSTM`` or ``nn.GRU``: parameters, arguments and
 results are the same, and ``vmap`` accepts it. It runs about a dozen operators in each
-time step for all models together, so a loop can be faster where ``nn.LSTM`` runs all
-steps in one operator, and slower where it runs many.
+time step for all models together, so a loop can be faster where one operator runs all
+time steps of ``nn.LSTM``, and slower where ``nn.GRU`` runs many.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -33,7 +33,8 @@ torch.manual_seed(0)
 backends.fp32_precision = "ieee"  # no TF32, in products and in cuDNN's LSTM and GRU
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
-where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
+torch.set_num_threads(1)  # more may cost small operators more than they save
+where = f"{device.type.upper()}, one thread"
 if device.type == "cuda":
     where = torch.cuda.get_device_name()
 print(f"{where}, torch {torch.__version__}, float32, IEEE")
