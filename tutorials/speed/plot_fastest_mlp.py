@@ -35,8 +35,7 @@ device = torch.accelerator.current_accelerator(check_available=True) or cpu
 where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
 if device.type == "cuda":
     where = torch.cuda.get_device_name()
-precision = torch.get_float32_matmul_precision()
-print(f"{where}, torch {torch.__version__}, float32, precision {precision!r}")
+print(f"{where}; float32 precision: {torch.get_float32_matmul_precision()}")
 
 # %%
 # The lines to copy
@@ -143,7 +142,7 @@ ways, gains = {}, {}
 
 
 def step(name, before, function, members, inputs=inputs, tolerance=1e-5):
-    """Check a way, and time it beside the one that it changes, at both sizes."""
+    """Check a way, and time it beside the one that it changes."""
     pairs = zip(members, inputs, strict=True)
     ways[name] = [partial(function, *pair) for pair in pairs]
     both = zip(ensembles, ways[name], ways.get(before, []), strict=before is not None)
@@ -251,8 +250,8 @@ step("by hand, shared", "vmap, shared", predict, stacks, views)
 step("wide product", "by hand, shared", predict_shared, stacks, shared)
 
 # %%
-# The operations are the same. So the difference is probably how well the library does
-# one large product beside many smaller ones.
+# The operations are the same, so a difference is probably one of the library, between
+# one large product and several smaller ones.
 #
 # Step 6 (on step 3): fewer bits
 # ------------------------------
@@ -319,7 +318,7 @@ ax.invert_yaxis()
 ax.set_xscale("log", base=2)
 ax.xaxis.set_major_formatter("{x:g}")
 ax.set_xlabel("gain, with its interval")
-ax.set_title(f"Ways to predict, {where}")
+ax.set_title(f"Ways to predict, float32, {where}")
 fig.legend(loc="outside lower center", ncols=3)
 fig.set_label(
     "The gain of each step with its interval, for 1,000 small networks and for 16 "
@@ -327,20 +326,19 @@ fig.set_label(
 )
 
 # %%
-# **A step that gains only with small networks** probably saves calls, which take longer
-# than their work. **If only bfloat16 gains with larger ones,** the products probably
-# take most of their time. Where an interval reaches the band, no difference was
-# seen: keep what is simpler.
+# **If vmap beats the better loop only with small networks,** their calls probably take
+# longer than their work. Where an interval reaches the band, no difference was seen:
+# keep what is simpler.
 #
 # How fast could it be?
 # ---------------------
 #
 # For each member, a layer does 2 · rows · in · out operations, and moves in · out
 # weights and rows · (in + out) activations, of 4 bytes each. With few rows, the weights
-# count most, with rows / 2 operations for each of their bytes: to read them should take
-# longer than to multiply. The next cell says how long the operations would take at the
-# rate of a square product, and the bytes at that of a copy, timed in turns with the
-# prediction:
+# count most, with rows / 2 operations for each of their bytes, so that to read them
+# should take longer than to multiply. Beside the time by hand stands how long the
+# operations would take at the rate of a square product, and the bytes at that of a
+# copy, all timed in turns:
 
 side = 1024 if device == cpu else 4096
 square, source = [torch.randn(n, side, device=device) for n in (side, 8192)]
@@ -348,20 +346,19 @@ target = torch.empty_like(source)
 limits = partial(torch.mm, square, square), partial(target.copy_, source)
 one_row = inputs[1][:, :1].contiguous()
 cases = [*zip(ensembles, stacks, inputs, strict=True)]
-for name, stack, data in [*cases, ("16 larger, 1 row", stacks[1], one_row)]:
+for name, stack, data in [*cases, ("16 larger", stacks[1], one_row)]:
     rows, shapes = data.shape[1], [p.shape for p in stack.values() if p.dim() == 3]
     work = sum(2 * n * rows * a * b for n, a, b in shapes)
     moved = sum(4 * n * (a * b + rows * (a + b)) for n, a, b in shapes)
     found = in_turns(partial(predict, stack, data), *limits, seconds=0.3)
     time, product, copy = [1e3 * seconds for seconds, *_ in found]
-    print(f"{name}: by hand {time:.3g} ms, {work / moved:.1f} operations a byte")
+    print(f"{name}, rows: {rows}, {work / moved:.1f} operations a byte:")
     product, copy = product * work / (2 * side**3), copy * moved / (2 * source.nbytes)
-    print(f"    operations alone {product:.3g} ms, bytes alone {copy:.3g} ms")
+    print(f"    {time:.3g} ms; operations {product:.3g} ms, bytes {copy:.3g} ms")
 
 # %%
 # The longer of the two is a rough limit in float32; a cache can beat that of the bytes.
-# **Where the bytes take longer,** further rows in the same call should cost little:
-# compare the last two cases.
+# The last two cases say what it is worth to collect rows before you predict.
 #
 # The mistake: weights that are not transposed
 # --------------------------------------------
@@ -374,20 +371,19 @@ try:
     torch.baddbmm(b[:, None], x, w)
 except RuntimeError as problem:
     print("RuntimeError:", problem)
-square, rows = w[..., :32], x[..., :32]  # a layer from 32 to 32
-wrong = torch.baddbmm(b[:, None], rows, square)
-right = torch.baddbmm(b[:, None], rows, square.mT)
-print(f"square: no error, but outputs are up to {(wrong - right).abs().max():.2f} off")
+w, rows = w[..., :32], x[..., :32]  # a layer from 32 to 32
+off = torch.baddbmm(b[:, None], rows, w) - torch.baddbmm(b[:, None], rows, w.mT)
+print(f"square: no error, but outputs are up to {off.abs().max():.2f} off")
 
 # %%
-# The check against ``vmap`` above notices it.
+# A check against ``vmap``, like that above, notices it.
 #
 # Remember
 # --------
 #
 # - Write each layer as one ``baddbmm``, and check it in float64 against ``vmap``.
 # - Compare with the better loop, at your own sizes.
-# - With few rows, most bytes are weights: collect rows before you predict.
+# - Collect rows before you predict: with few rows, most bytes are weights.
 #
 # Next
 # ----
