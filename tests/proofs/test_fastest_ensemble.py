@@ -1,14 +1,21 @@
 """What plot_fastest_ensemble.py says without showing it."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
-from pages import names_of
+from pages import cells_of, names_of
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-PAGE = names_of("speed/plot_fastest_ensemble", "call", "loop", "by_hand", "SimpleCNN")
+NAME = "speed/plot_fastest_ensemble"
+PAGE = names_of(NAME, "call", "loop", "by_hand", "SimpleCNN")
 call, loop, by_hand, SimpleCNN = map(PAGE.get, ["call", "loop", "by_hand", "SimpleCNN"])
+LAST = {"memory_format": torch.channels_last}
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +25,14 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+def predict_with(skeleton):
+    def predict(params, buffers, x):
+        return functional_call(skeleton, (params, buffers), (x,), strict=True)
+
+    return predict
+
+
 def count_compiled(function, calls):
-    """How many forms torch.compile makes of a function for these calls."""
     count = 0
 
     def backend(graph, inputs):
@@ -28,8 +41,7 @@ def count_compiled(function, calls):
         return graph
 
     compiled = torch.compile(function, backend=backend)
-    for call in calls:
-        assert torch.allclose(compiled(*call), function(*call), atol=1e-6)
+    assert all(torch.allclose(compiled(*c), function(*c), atol=1e-6) for c in calls)
     return count
 
 
@@ -37,86 +49,72 @@ def test_batch_sizes_take_the_loop_three_forms_but_vmap_of_convolutions_one_each
     layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
     models = [nn.Sequential(*layers).requires_grad_(False) for _ in range(3)]
     minibatches = [torch.randn(3, size, 1, 8, 8) for size in (8, 4, 2, 5)]
-    params, buffers = stack_module_state(models)
-
-    def predict(params, buffers, x):
-        return functional_call(models[0], (params, buffers), (x,), strict=True)
-
     loops = [pair for x in minibatches for pair in zip(models, x, strict=True)]
     assert count_compiled(call, loops[: len(models)]) == 1  # serves all models
     assert 2 <= count_compiled(call, loops) <= 3
-    vmaps = [(params, buffers, x) for x in minibatches]
-    assert count_compiled(vmap(predict), vmaps) == 4
+    calls = [(*stack_module_state(models), x) for x in minibatches]
+    assert count_compiled(vmap(predict_with(models[0])), calls) == 4
 
 
-def test_vmap_adds_biases_apart_and_copies_and_the_form_by_hand_does_not():
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            names.append(operator.name())
-            return operator(*args, **(kwargs or {}))
+class Traffic(TorchDispatchMode):
+    every = products = 0  # bytes
 
-    models = [SimpleCNN().requires_grad_(False) for _ in range(3)]
-    params, _ = stack_module_state(models)
-    x, results, seen = torch.randn(3, 2, 1, 28, 28), [], []
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        results, name = operator(*args, **(kwargs or {})), str(operator)
+        if not (operator.is_view or "_unsafe_view" in name):
+            size = sum(getattr(t, "nbytes", 0) for t in tree_leaves((args, results)))
+            self.every += size
+            self.products += size * ("conv" in name or "mm" in name)
+        return results
 
-    def predict(params, x):
-        return functional_call(models[0], params, (x,), strict=True)
 
-    for form in (vmap(predict), by_hand):
-        names = []
-        with Names():
-            results.append(form(params, x))
-        before_pooling = names[: names.index("aten::max_pool2d_with_indices")]
-        seen.append(
-            [before_pooling.count(f"aten::{n}") for n in ("add.Tensor", "clone")]
-        )
-    torch.testing.assert_close(*results)
-    assert seen == [[2, 1], [0, 0]]
+def test_operations_and_bytes_are_those_of_the_operators():
+    models = [SimpleCNN().requires_grad_(False) for _ in range(10)]
+    said = {"batch": 4, "models": models}
+    (code,) = [cell.code for cell in cells_of(NAME) if "moved = {" in cell.code]
+    exec(code, said)
+    x, state = torch.randn(10, 4, 1, 28, 28), stack_module_state(models)
+    others = [copy.deepcopy(model).to(**LAST) for model in models]
+    forms = {
+        "loop": partial(loop, models, x),
+        "loop in channels_last": partial(loop, others, [a.to(**LAST) for a in x]),
+        "vmap": partial(vmap(predict_with(SimpleCNN())), *state, x),
+        "vmap by hand": partial(by_hand, state[0], x),
+    }
+    assert said["moved"].keys() == forms.keys()
+    for name, form in forms.items():
+        with FlopCounterMode(display=False) as counter, Traffic() as traffic:
+            form()
+        assert counter.get_total_flops() == said["flops"]
+        assert traffic.every == pytest.approx(40 * said["moved"][name], rel=0.01)
+        assert traffic.products == pytest.approx(40 * said["products"], rel=0.01)
+
+
+@pytest.mark.parametrize("ask", [torch.Tensor.to, torch.Tensor.contiguous])
+def test_vmap_refuses_to_ask_for_channels_last(ask):
+    with pytest.raises(RuntimeError, match=r"memory_format|channels_last"):
+        vmap(partial(ask, **LAST))(torch.ones(2, 3, 1, 4, 4))
 
 
 def test_a_dtype_a_layout_and_a_number_of_threads_take_a_form_each():
-    x = torch.ones(4, 2, 3, 3)
-    last = x.contiguous(memory_format=torch.channels_last)
-    assert count_compiled(torch.sin, [(x,), (x.double(),), (last,), (x,)]) == 3
-    before = torch.get_num_threads()
-
-    def with_other_threads():
-        yield (x,)
-        torch.set_num_threads(before + 1)
-        yield (x,)
-
-    try:
-        assert count_compiled(torch.cos, with_other_threads()) == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-# With gradients it converts a weight once; without, in every call.
-@pytest.mark.parametrize(("grad", "second"), [(False, 3), (True, 1)])
-def test_autocast_converts_weights_without_gradients_in_every_call(grad, second):
-    class Count(TorchDispatchMode):
-        conversions = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.conversions += function is torch.ops.aten._to_copy.default
-            return function(*args, **(kwargs or {}))
-
-    model, x = nn.Linear(3, 2).requires_grad_(grad), torch.ones(1, 3)
-    with Count() as counter, torch.autocast("cpu", torch.bfloat16):
-        model(x)
-        assert counter.conversions == 3  # weight, bias, input
-        model(x)
-        assert counter.conversions == 3 + second
+    x, before = torch.ones(4, 2, 3, 3), torch.get_num_threads()
+    assert count_compiled(torch.sin, [(x,), (x.double(),), (x.to(**LAST),)]) == 3
+    calls = ((torch.set_num_threads(before + more), x)[1:] for more in (0, 1))
+    assert count_compiled(torch.cos, calls) == 2
+    torch.set_num_threads(before)
 
 
 # The graphs of the compiler, run by PyTorch's own operators: no C++ is compiled.
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # torch's own
-def test_compiled_loop_follows_its_weights():
+def test_compiled_forms_follow_their_weights():
     models = [nn.Linear(3, 2).requires_grad_(False) for _ in range(2)]
-    x = torch.ones(1, 3)
+    (params, buffers), x = stack_module_state(models), torch.ones(2, 1, 3)
     compiled = torch.compile(call, backend="aot_eager")
-    before = loop(models, [x, x], compiled)
+    together = torch.compile(vmap(predict_with(models[0])), backend="aot_eager")
+    before = loop(models, x, compiled), together(params, buffers, x)
     models[1].weight += 1
-    after = loop(models, [x, x], compiled)
-    assert torch.equal(after[0], before[0])
-    assert torch.allclose(after[1], before[1] + 3)
+    params["weight"][1] += 1
+    after = loop(models, x, compiled), together(params, buffers, x)
+    for logits in before:
+        logits[1] += 3
+    torch.testing.assert_close(after, before)

@@ -2,16 +2,15 @@
 The fastest way to run ten CNNs
 ===============================
 
-Find the fastest way to predict with an ensemble of CNNs on your own machine, from the
-plain loop over the models, step by step, to compiled code in bfloat16.
+Find the fastest way to predict with an ensemble of CNNs on your machine, step by step
+from the plain loop over the models to compiled code in bfloat16.
 
-**In short.** Write two forms, a loop over the models, each in ``channels_last``, and
-one call with ``vmap``. Compile both and time both, first in float32, then in bfloat16
-if your results bear it. Which one wins depends on the machine: the figure shows what
-this run found, and each step on the way changes one thing and prints what it gained.
+**In short.** Write two forms: a loop over the models, each in ``channels_last``, and
+one call with ``vmap``. Compile both and time both, in float32 and, if your results bear
+it, in bfloat16: which form wins depends on the machine.
 
-Read ``plot_ensembling.py`` before; if you train, ``plot_training.py`` instead. The
-compiled ways need a C++ compiler, such as g++; on a GPU, Triton and a C compiler.
+For MLPs, see ``plot_fastest_mlp.py``. Read ``plot_ensembling.py`` before. Compiling
+needs a C++ compiler; on a GPU, Triton and a C compiler.
 """
 
 # %%
@@ -21,7 +20,6 @@ compiled ways need a C++ compiler, such as g++; on a GPU, Triton and a C compile
 import copy
 import math
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -29,23 +27,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import timer
-from torch.utils.flop_counter import FlopCounterMode
 
 torch.manual_seed(0)
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
 conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-conv.fp32_precision = matmul.fp32_precision = "ieee"
-threads = torch.get_num_threads()
-where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} threads"
-where, batch = f"{device.type}, {where}", 16 if device == cpu else 64
-print(f"{where}; ten models, {batch} images each")
+conv.fp32_precision = matmul.fp32_precision = "ieee"  # no TF32
+where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+batch = 16 if device == cpu else 64
+warnings.filterwarnings("ignore", module="torch")  # of torch.compile
+print(f"{where}, {torch.get_num_threads()} threads; ten models, {batch} images each")
 
 # %%
-# Ten networks that only predict, and a minibatch for each of them:
+# Ten networks that only predict, and a minibatch for each:
 
 
 class SimpleCNN(nn.Module):
@@ -70,7 +65,7 @@ minibatches = torch.randn(10, batch, 1, 28, 28).to(device)
 # The two forms to copy
 # ---------------------
 
-# First form: one model after the other, in the layout that convolutions want.
+# First form: a loop, in channels_last.
 last = torch.channels_last
 models_last = [copy.deepcopy(model).to(memory_format=last) for model in models]
 minibatches_last = [x.contiguous(memory_format=last) for x in minibatches]
@@ -84,9 +79,9 @@ def loop(models, minibatches, call=call):
     return torch.stack([call(m, x) for m, x in zip(models, minibatches, strict=True)])
 
 
-compiled_call = torch.compile(call)  # once for all models
+compiled_call = torch.compile(call)
 
-# Second form: all models in one call.
+# Second form: one call.
 params, buffers = stack_module_state(models)
 with torch.device("meta"):
     skeleton = SimpleCNN()
@@ -99,35 +94,29 @@ def predict(params, buffers, x):
 compiled_vmap = torch.compile(vmap(predict))
 
 # %%
-# The first calls compile:
+# The first calls compile. If the compiler fails, call ``loop`` without
+# ``compiled_call``, and ``vmap(predict)``; any other error is raised:
 
-start, compiler = timer(), True  # this timer waits for a GPU
+start, compiler = timer(), True
 try:
-    with warnings.catch_warnings(action="ignore"):  # torch's remarks on itself
-        logits = loop(models_last, minibatches_last, compiled_call)  # [10, batch, 10]
-        logits = compiled_vmap(params, buffers, minibatches)  # [10, batch, 10]
+    logits = loop(models_last, minibatches_last, compiled_call)
+    logits = compiled_vmap(params, buffers, minibatches)  # [10, batch, 10]
     print(f"compiling both took {timer() - start:.1f} s")
-except RuntimeError as problem:
+except torch._dynamo.exc.TorchDynamoException as problem:
     compiler = False
     print("No C++ compiler was found, or none works:", str(problem).splitlines()[0])
-    print("The compiled ways are left out.")
 
 # %%
-# Divide that time by what a call saves below: after so many calls it is earned back. If
-# compiling fails, call ``loop`` without ``compiled_call``, and ``vmap(predict)``. For
-# bfloat16, convert first: ``model.to(torch.bfloat16)``, and the minibatches too. The
-# compiled code of the loop serves every model, and weights are not frozen into it: what
-# you change in them counts in the next call (both tested). The rest of this page is the
-# ladder from the plain loop to these forms.
+# The loop's compiled code serves every model, and what you change in weights counts in
+# the next call of either form (both tested).
 #
 # How each step gets its number
 # -----------------------------
 #
-# The ways that are compared take turns, so that drift and other programs meet all of
-# them alike. A difference counts if its whole interval lies more than 2 % from 1; of
-# twenty such intervals one may mislead. **"No difference seen" says that two ways are
-# alike only if its interval is narrow**: one such as (0.6 to 1.2) decides nothing, so
-# repeat the run on a quiet machine.
+# Ways that are compared take turns, so that other programs meet all of them alike. A
+# difference counts if its whole interval lies more than 2 % from 1; of twenty such
+# intervals one may mislead. **"No difference seen" with a wide interval,** such as (0.6
+# to 1.2), decides nothing: repeat it on a quiet machine.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -160,11 +149,86 @@ def said(gain, low, high):
 
 
 # %%
-# All forms do the same work, but move different numbers of bytes. You can skip this
-# cell at first: it gives the megabytes that each step prints. It counts the operations
-# of four forms, and the bytes that their operators read and write, as if no cache kept
-# any. The fourth form is ``vmap`` by hand: the channels of all members stand side by
-# side, and a convolution with groups keeps them apart.
+# How fast could it be?
+# ---------------------
+#
+# The **roof** is the speed of a wide matrix product in float32, here a convolution of
+# 1,024 channels, pixel by pixel: measured, and no limit of the hardware. What does few
+# operations for each byte may first meet the speed of a copy.
+
+rows, half = 4 if device == cpu else 256, torch.bfloat16
+wide = torch.randn(rows, 1024, 16, 16, device=device).contiguous(memory_format=last)
+kernels = torch.randn(1024, 1024, 1, 1, device=device)
+source = torch.randn(10, batch, 64, 24, 24, device=device)  # what conv2 returns
+roof = partial(F.conv2d, wide, kernels)
+roof16 = partial(F.conv2d, wide.to(half), kernels.to(half))
+copying = partial(torch.empty_like(source).copy_, source)
+wide32, wide16, copied = in_turns(roof, roof16, copying)
+wide_flops = 2 * rows * 16 * 16 * 1024**2
+peak, bandwidth = wide_flops / wide32[0], 2 * source.nbytes / copied[0]
+print(f"product {peak / 1e9:.0f}e9 operations/s, copy {bandwidth / 1e9:.1f} GB/s")
+print(f"product in bfloat16 against float32: {said(*wide16[1:])}")
+
+# %%
+# All steps do the same operations, but move different numbers of bytes, here counted as
+# if no cache kept any (tested). The loop passes over its activations once more for each
+# ReLU, and its pooling writes indices, too. ``vmap`` also adds biases in passes of
+# their own, and copies activations before it pools. A compiled step moves at least what
+# its convolutions and products do, which the compiler leaves to libraries.
+
+conv1, conv2, pool = 32 * 26**2, 64 * 24**2, 64 * 12**2  # activations of an image
+flops = 20 * batch * (9 * conv1 + 9 * 32 * conv2 + 128 * pool + 10 * 128)
+weights = sum(p.numel() for p in models[0].parameters())
+products = weights + batch * (28**2 + 2 * conv1 + conv2 + pool)  # floats of a model
+moved = {"loop": products + batch * (2 * conv1 + 3 * conv2 + 3 * pool)}
+moved["loop in channels_last"] = moved["loop"] + 2 * batch * pool
+moved["vmap"] = moved["loop"] + batch * (2 * conv1 + 4 * conv2)
+moved["vmap by hand"] = moved["loop"]
+
+# %%
+# Each step has to return what float64 gives on the CPU, to within 1e-5, in bfloat16
+# 1e-2, which only catches mistakes. Then it takes turns with the step before and with
+# the wide product. Compare ratios, not milliseconds of two steps.
+
+models64 = [copy.deepcopy(model).cpu().double() for model in models]
+exact = loop(models64, minibatches.cpu().double())
+ways, steps = {}, {}
+
+
+def step(name, way, *before):
+    if "compiled" in name and not compiler:
+        return
+    bits16, bound = "bfloat16" in name, "at least " * ("compiled" in name)
+    off = (way().cpu().double() - exact).abs().max().item()
+    assert off < (1e-2 if bits16 else 1e-5), f"{name}: {off:.0e} off from float64"
+    ways[name], floats = way, moved.get(name.split(",")[0], products)
+    size = floats * (20e-6 if bits16 else 40e-6)  # megabytes of ten models
+    (time, *_), *others = in_turns(way, *map(ways.get, before), roof, seconds=0.5)
+    *gains, share = [(1 / gain, 1 / high, 1 / low) for _, gain, low, high in others]
+    share = [flops / wide_flops * gain for gain in share]
+    steps[name] = size, share, dict(zip(before, gains, strict=True))
+    roofed = "{:.0%} of the roof ({:.0%} to {:.0%})".format(*share)
+    print(f"{name}: {time * 1e3:.1f} ms, {bound}{size:.0f} MB, {roofed}")
+    for other, gain in steps[name][-1].items():
+        print(f"    against {other}: {said(*gain)}")
+
+
+print(f"{where}; {flops / 1e9:.2f}e9 operations, float32 unless named, no gradients;")
+print("after four calls, median of seven turns or more (interval):")
+
+# %%
+# Step 0: the plain loop
+# ----------------------
+
+step("loop", partial(loop, models, minibatches))
+
+# %%
+# Step 1 (on step 0): all models in one call
+# ------------------------------------------
+#
+# ``vmap`` starts each layer once instead of ten times, which gains where starting takes
+# longer than the work. It loses where its further passes cost time, or convolutions
+# with groups. By hand, without such passes:
 
 
 def by_hand(params, x):  # [10, batch, 1, 28, 28]
@@ -177,208 +241,65 @@ def by_hand(params, x):  # [10, batch, 1, 28, 28]
     return torch.baddbmm(b4[:, None], x, w4.mT)  # [10, batch, 10]
 
 
-class Traffic(TorchDispatchMode):
-    every = products = 0  # bytes
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result, name = operator(*args, **(kwargs or {})), str(operator)
-        if not (operator.is_view or "_unsafe_view" in name):
-            tensors = [t for t in tree_leaves((args, result)) if torch.is_tensor(t)]
-            size = sum(t.nbytes for t in tensors)
-            self.every += size
-            self.products += size * ("conv" in name or "mm" in name)
-        return result
-
-
-ways = {
-    "loop": partial(loop, models, minibatches),
-    "loop in channels_last": partial(loop, models_last, minibatches_last),
-    "vmap": partial(vmap(predict), params, buffers, minibatches),
-    "vmap by hand": partial(by_hand, params, minibatches),
-}
-moved = {}
-for name, way in ways.items():
-    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
-        way()
-    flops, moved[name] = counter.get_total_flops(), traffic.every
-    print(f"{name:21} {flops / 1e9:.2f}e9 operations, {traffic.every / 1e6:4.0f} MB")
-moved["products"] = traffic.products
-print(f"convolutions and products alone: {traffic.products / 1e6:.0f} MB in each form")
+step("vmap", partial(vmap(predict), params, buffers, minibatches), "loop")
+step("vmap by hand", partial(by_hand, params, minibatches), "vmap", "loop")
 
 # %%
-# ``vmap`` moves more than the same by hand: it adds biases in passes of their own, and
-# copies activations before it pools (tested). PyTorch's compiler joins such passes, but
-# leaves convolutions and products to libraries, so a compiled way still moves at least
-# what these move.
+# What the form by hand gains over ``vmap`` is the cost of those passes, and of ``vmap``
+# itself. If it loses to the loop, large calls with groups cost that, as pytorch#73764
+# reports for CUDA.
 #
-# How fast could it be?
-# ---------------------
-#
-# Libraries are at their best in a wide matrix product. Its speed in float32 is called
-# the **roof** here, and each step prints its share of it. A way that does little work
-# for each byte may meet another limit first, the speed of a copy (the sloping part of
-# the figure), unless a cache holds what it moves.
-
-rows = 4 if device == cpu else 256
-wide = torch.randn(rows, 1024, 16, 16, device=device).contiguous(memory_format=last)
-kernels = torch.randn(1024, 1024, 1, 1, device=device)
-source = torch.randn(10, batch, 64, 24, 24, device=device)  # what conv2 returns
-target = torch.empty_like(source)
-
-
-def product(x, w):  # on a CPU by the library that convolves
-    if device == cpu:
-        return F.conv2d(x, w)
-    return F.linear(x.movedim(1, -1), w.flatten(1))
-
-
-easiest, half = partial(product, wide, kernels), torch.bfloat16
-easiest16 = partial(product, wide.to(half), kernels.to(half))
-easy, easy16, copied = in_turns(easiest, easiest16, partial(target.copy_, source))
-easy_flops = 2 * rows * 16 * 16 * 1024**2
-peak, bandwidth = easy_flops / easy[0], 2 * source.nbytes / copied[0]
-print(
-    f"product {peak / 1e9:.0f}e9 operations a second, copy {bandwidth / 1e9:.1f} GB/s"
-)
-print(f"the copy bounds what has less than {peak / bandwidth:.1f} operations a byte")
-print(f"the product in bfloat16 against float32: {said(*easy16[1:])}")
-
-# %%
-# Each step below has to return the logits that float64 gives on the CPU, to within
-# 1e-5, in bfloat16 to within 1e-2, which only catches mistakes. Then it takes turns, in
-# a call of its own, with the step before, perhaps with others, and with the product: a
-# share of the roof compares times of the same seconds. Compare ratios, not milliseconds
-# of two calls. Two branches grow from the plain loop: steps 2, 3 and 5 keep the loop,
-# steps 1 and 4 use ``vmap``.
-
-models64 = [copy.deepcopy(model).cpu().double() for model in models]
-exact = loop(models64, minibatches.cpu().double())
-steps = {}
-
-
-def step(name, way, *before, tolerance=1e-5):
-    """Check a way; compare it with others and with the roof."""
-    if "compiled" in name and not compiler:
-        return
-    with warnings.catch_warnings(action="ignore"):  # torch's remarks on itself
-        off = (way().cpu().double() - exact).abs().max().item()
-    assert off < tolerance, f"{name}: a logit is {off:.0e} off from float64"
-    ways[name] = way
-    (time, *_), *others = in_turns(way, *map(ways.get, before), easiest)
-    *gains, easy = [(1 / gain, 1 / high, 1 / low) for _, gain, low, high in others]
-    share = [flops / easy_flops * gain for gain in easy]
-    least, form = "compiled" in name, max((f for f in moved if f in name), key=len)
-    size = moved["products" if least else form] / (2 if "16" in name else 1)
-    steps[name] = size, share, dict(zip(before, gains, strict=True))
-    roof = "{:.0%} of the roof ({:.0%} to {:.0%})".format(*share)
-    bound = "at least " if least else ""
-    print(f"{name}: {time * 1e3:.1f} ms, {roof}, {bound}{size / 1e6:.0f} MB")
-    for other, gain in steps[name][-1].items():
-        print(f"    against {other}: {said(*gain)}")
-
-
-print(f"{where}; float32 without TF32, unless named; no gradients; after four calls:")
-print(
-    f"median of seven turns or more (its 95 % interval); {flops / 1e9:.2f}e9 operations"
-)
-
-# %%
-# Step 0: the plain loop
-# ----------------------
-
-step("loop", ways["loop"])
-
-# %%
-# Step 1 (on step 0): all models in one call
-# ------------------------------------------
-#
-# ``vmap`` starts each layer once instead of ten times, which gains where starting takes
-# longer than the work. It loses where its further bytes cost time, or where the library
-# is slower with ten groups than with ten calls, as reported for CUDA (pytorch#73764).
-
-step("vmap", ways["vmap"], "loop")
-
-# %%
 # Step 2 (on step 0): channels last
 # ---------------------------------
 #
-# The plain loop, but the channels of a pixel lie side by side in memory. This gains
-# where the library has its fastest code for this layout, and loses where it has not.
+# The channels of a pixel lie side by side in memory, so libraries probably have less to
+# rearrange. ``vmap`` refuses to ask for this layout (tested).
 
-step("loop in channels_last", ways["loop in channels_last"], "loop")
+step("loop in channels_last", partial(loop, models_last, minibatches_last), "loop")
 
 # %%
 # Step 3 (on step 2): compile the loop
 # ------------------------------------
 #
-# The compiler joins activations and pooling, which saves passes over memory, and it may
-# change the layout by itself. So only the comparison with step 2 shows what joining
-# gains. First without step 2, then on it:
+# The compiler can join activations and pooling, which saves passes over memory.
 
-step("compiled loop", partial(loop, models, minibatches, compiled_call), "loop")
-best = "compiled loop in channels_last"
 way = partial(loop, models_last, minibatches_last, compiled_call)
-step(best, way, "loop in channels_last", "compiled loop", "loop")
+step("compiled loop", way, "loop in channels_last")
 
 # %%
-# **If the interval of the second against the first is narrow around 1,** you need not
-# care for the layout: the compiler may choose one itself. **If it is wide, or the
-# second is faster,** keep ``channels_last``: it costs one line.
-#
 # Step 4 (on step 1): compile vmap
 # --------------------------------
 #
-# The same is joined around convolutions with groups. Then by hand, with a bias inside
-# its convolution:
+# The compiler can join the same passes, and the biases, around convolutions with
+# groups.
 
 way = partial(compiled_vmap, params, buffers, minibatches)
-step("compiled vmap", way, "vmap", best, "loop")
-way = partial(torch.compile(by_hand), params, minibatches)
-step("compiled vmap by hand", way, "compiled vmap", best)
+step("compiled vmap", way, "vmap")
 
 # %%
-# Both call convolutions with the same groups. **If the one by hand is faster,** the
-# passes around them probably cost the difference. To rewrite a model in this way pays
-# only if it also beats the compiled loop. **If even this is slower than the compiled
-# loop,** groups or large tensors probably cost the rest.
+# Step 5 (on steps 3 and 4): fewer bits
+# -------------------------------------
 #
-# Step 5 (on steps 2 to 4): fewer bits
-# ------------------------------------
-#
-# bfloat16 stores 7 bits of fraction in half of the bytes. Some processors multiply in
-# it faster than in float32 (AMX on CPUs, tensor cores on GPUs). **If the product above
-# gained,** yours does, and this step can gain much. **If not,** only the bytes can
-# gain, and this step may lose. Convert the models once: ``torch.autocast`` would
-# convert weights without gradients in every call (tested). ``plot_how_equal.py`` tests
-# what your results bear. The roof stays that of float32, so a share above 100 % is
-# possible: divide it by the product's gain for the share of bfloat16's own roof.
+# bfloat16 stores 7 bits of fraction in half of the bytes, and some processors multiply
+# in it faster (AMX on CPUs, tensor cores on GPUs). **If the wide product above
+# gained,** yours does; if not, only the bytes can gain. ``plot_how_equal.py`` tests
+# what your results bear. The roof stays that of float32.
 
 models16 = [copy.deepcopy(model).to(half) for model in models_last]
 way = partial(loop, models16, [x.to(half) for x in minibatches_last], compiled_call)
-step("compiled loop in bfloat16", way, best, "loop", tolerance=1e-2)
+step("compiled loop, bfloat16", way, "compiled loop")
+params16 = {name: p.to(half) for name, p in params.items()}
+way = partial(compiled_vmap, params16, buffers, minibatches.to(half))
+step("compiled vmap, bfloat16", way, "compiled vmap")
 
 # %%
-# Two side steps (on step 2): threads, or a CUDA graph
-# ----------------------------------------------------
+# Side steps that need an NVIDIA GPU
+# ----------------------------------
 #
-# With threads, each core takes a model of its own, where before all cores shared each
-# layer and waited for the slowest. This can gain where cores wait long, as beside other
-# programs; a gain that is seen there may vanish on a quiet machine.
-
-
-def in_threads():
-    return torch.stack([*pool.map(call, models_last, minibatches_last)])
-
-
-with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
-    step("loop in channels_last, threads", in_threads, "loop in channels_last")
-
-# %%
-# The next cell is for NVIDIA GPUs and prints nothing elsewhere. A CUDA graph records
-# all that a way starts, and starts it as one. It works in fixed memory: copy new inputs
-# into the old ones, and copy the logits before the next call.
+# A CUDA graph records all that a way starts, and starts it as one. It works in fixed
+# memory: copy new inputs into the old ones, and copy the logits before the next call.
 # ``mode="reduce-overhead"`` compiles and records, but copies the stacked parameters in
-# every call (pytorch#121861). ``cudnn.benchmark`` lets cuDNN try its algorithms.
+# every call (pytorch#121861). Elsewhere this prints nothing.
 
 
 def recorded(way):
@@ -396,114 +317,78 @@ def benchmarked():
 
 
 if device.type == "cuda":
+    for name in list(steps):
+        step(f"{name}, graph", recorded(ways[name]), name)
     step("loop in channels_last, benchmark", benchmarked, "loop in channels_last")
     reduced = torch.compile(vmap(predict), mode="reduce-overhead")
     way = partial(reduced, params, buffers, minibatches)
     step("compiled vmap, reduce-overhead", way, "compiled vmap")
-    params16 = {name: p.to(half) for name, p in params.items()}
-    way = partial(compiled_vmap, params16, buffers, minibatches.to(half))
-    step("compiled vmap in bfloat16", way, "compiled vmap", tolerance=1e-2)
-    for name in [name for name in steps if "," not in name]:
-        bound = 1e-2 if "bfloat16" in name else 1e-5
-        step(f"{name}, graph", recorded(ways[name]), name, tolerance=bound)
 
 # %%
 # Which way is the fastest here?
 # ------------------------------
 #
-# The first line compares the two forms to copy, in float32. If your results bear fewer
-# bits, step 5 says what they gain over the loop. The other lines name the steps that
-# gained nothing over the step before.
+# The two forms to copy take turns for longer, beside the plain loop. The other lines
+# name the steps whose gain was not seen.
 
-pair = ("compiled vmap", best) if compiler else ("vmap", "loop")
-verdict = (
-    f"{pair[0].capitalize()} against {pair[1]}: {said(*steps[pair[0]][-1][pair[1]])}."
-)
-print(verdict)
+pairs, verdicts = [("vmap", "loop in channels_last")], []
+if compiler:
+    pairs = [("compiled vmap" + x, "compiled loop" + x) for x in ("", ", bfloat16")]
+for pair in pairs:
+    plain, one, other = (ways[name] for name in ("loop", *pair))
+    _, (_, *gain), (_, total, low, high) = in_turns(other, one, plain, seconds=2.0)
+    verdicts.append(f"{pair[0]} against {pair[1]}: {said(*gain)}")
+    print(verdicts[-1])
+    print(f"{pair[1]} against loop: {said(1 / total, 1 / high, 1 / low)}")
 for name, (*_, gains) in steps.items():
-    for before, gain in [*gains.items()][:1]:
-        if gain[1] <= 1.02:
-            print(f"no gain: {name} against {before}: {said(*gain)}")
+    for before, (gain, low, high) in gains.items():
+        if low <= 1.02:
+            print(f"no gain seen: {name} against {before}: {said(gain, low, high)}")
 
 # %%
 fig, ax = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-x = torch.logspace(math.log10(5), math.log10(200), 50)
-ax.loglog(x, (x * bandwidth / peak).clamp(max=1), color="C5", label="roof")
-markers = "osD^v<>pPXhH8d*1234+x"
-for marker, (name, (size, share, _)) in zip(markers, steps.items(), strict=False):
-    mid, low, high = share
-    color, fill = "C1" if "vmap" in name else "C0", "full" if "comp" in name else "none"
-    look = {"fmt": marker, "color": color, "fillstyle": fill, "label": name}
-    ax.errorbar(flops / size, mid, [[mid - low], [high - mid]], **look)
-ax.set_xlabel("operations for each byte (compiled, filled: at most)")
-ax.set_ylabel("share of the roof, float32")
+x = torch.logspace(0.7, 2.3, 50)
+ax.semilogx(x, (x * bandwidth / peak).clamp(max=1), color="C5", label="roof")
+markers = iter("osD^v<>pPXhH8d*1234+x")
+for name, (size, (mid, low, high), _) in steps.items():
+    look = {"color": "C1" if "vmap" in name else "C0", "label": name}
+    look |= {"fmt": next(markers), "fillstyle": "full" if "comp" in name else "none"}
+    ax.errorbar(flops / size / 1e6, mid, [[mid - low], [high - mid]], **look)
+ax.set_xlabel("operations for each byte (compiled: at most)")
+ax.set_ylabel("share of the roof")
+ax.yaxis.set_major_formatter("{x:.0%}")
 ax.set_title(f"Ten CNNs under one roof, {where}")
 fig.legend(loc="outside lower center", ncols=2, fontsize="small")
-listing = ", ".join(f"{name} {share[0]:.0%}" for name, (_, share, _) in steps.items())
 fig.set_label(
-    "Shares of the roof against operations for each byte; the roof rises with the "
-    f"speed of a copy and is flat at that of a product: {listing}. {verdict}"
+    "Share of the roof of each step against operations for each byte; the roof rises "
+    f"with a copy's speed and is flat at a product's. {verdicts[0]}."
 )
 
 # %%
 # **If the loop is faster,** what helps one model helps all: layout, compiler, fewer
-# bits. **If vmap is faster,** to start single layers probably took long: their work is
-# small, or cores wait for each other at each start, as they do beside other programs.
-# **If no difference was seen and the interval is narrow,** keep the form that is easier
-# to read; if it is wide, this run does not say which is faster.
-# ``plot_when_vmap_pays.py`` finds from how many models on ``vmap`` wins.
-#
-# **Below the roof,** a way probably pays for what is no wide product: a first layer
-# with one input channel, pooling, the large weights of ``fc1`` that are read for only a
-# few images. **Above it** are fewer bits, an algorithm with fewer multiplications, or
-# code better than this product, which is measured and no limit of the hardware.
-#
-# Ask for the layout inside vmap
-# ------------------------------
-#
-# The mistake that suggests itself after step 2, and what PyTorch says to it:
-
-
-def predict_last(params, buffers, x):
-    return predict(params, buffers, x.contiguous(memory_format=last))
-
-
-try:
-    vmap(predict_last)(params, buffers, minibatches)
-except RuntimeError as problem:
-    print(f"RuntimeError: {problem}")
-else:
-    raise AssertionError("vmap took a layout that this page says it refuses")
-
-# %%
-# "NYI" means that it is not yet implemented. Ask for the layout in the loop, and leave
-# that of ``vmap`` to the compiler.
+# bits. **If vmap is faster,** starting single layers probably took long, as it does
+# where cores wait for each other (``plot_when_vmap_pays.py``). **If no difference was
+# seen,** keep the form that is easier to read. What is below the roof probably pays for
+# what is no wide product, such as a first layer with one channel.
 #
 # Remember
 # --------
 #
-# - Compile the loop and ``vmap``, and time both in turns: which one wins depends on the
-#   device and on the size of the layers.
 # - Time bfloat16 before you take it: where its product is not faster, expect little.
 # - A compiled function keeps eight compiled forms, then runs uncompiled. A new dtype,
 #   layout or number of threads takes one. Varying batch sizes take the loop two or
-#   three in all, but ``vmap`` over convolutions one each (tested): pad them to a few
-#   sizes.
+#   three in all, ``vmap`` over convolutions one each (tested): pad them to a few sizes.
 #
 # Next
 # ----
 #
-# - ``plot_how_equal.py``: what fewer bits do to your results.
-# - ``plot_what_vmap_runs.py``: where the milliseconds of ``vmap`` go.
-# - ``plot_memory.py``: what ``vmap`` costs in memory, and how chunks help.
+# - ``plot_fastest_mlp.py``: the same for MLPs.
 #
 # References
 # ----------
 #
-# - Williams, Waterman and Patterson: Roofline, 2009,
-#   `doi:10.1145/1498765.1498785 <https://doi.org/10.1145/1498765.1498785>`_.
-# - Grouped convolutions slower than many single ones:
-#   `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_.
-# - The compiler's eight forms:
-#   `pytorch#124269 <https://github.com/pytorch/pytorch/issues/124269>`_; inputs copied:
-#   `pytorch#121861 <https://github.com/pytorch/pytorch/issues/121861>`_.
+# - Williams, Waterman and Patterson (2009), `Roofline
+#   <https://doi.org/10.1145/1498765.1498785>`_.
+# - Groups: `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_;
+#   copies: `pytorch#121861 <https://github.com/pytorch/pytorch/issues/121861>`_; eight
+#   forms: `pytorch#124269 <https://github.com/pytorch/pytorch/issues/124269>`_.
