@@ -111,7 +111,7 @@ p = torch.zeros(2, 3, device=device)
 p.grad = torch.arange(6.0, device=device).reshape(3, 2).T  # lies column by column
 torch.optim.SGD([p], lr=1.0, fused=True).step()
 verdict = "right" if torch.equal(p, -p.grad) else "WRONG"
-print(f"{verdict} on this device: {p.tolist()}, minus gradient {(-p.grad).tolist()}")
+print(f"{verdict} on this device: step {p.tolist()}, gradient {p.grad.tolist()}")
 
 # %%
 # It is Adam
@@ -156,7 +156,7 @@ print(f"losses of 20 steps: at most {max(off):.0e} apart in float64")
 # all parameters, and ``vmap`` calls each operator of a layer once for all members (both
 # tested). A compiler can join biases, activations and losses into fewer passes over
 # memory, but the matrix products remain. So each change should gain while members are
-# so small that starting an operator takes longer than its work.
+# so small that starting a call takes longer than its work.
 #
 # Which form is fastest here?
 # ---------------------------
@@ -198,11 +198,12 @@ def said(gain, low, high):
 
 
 # %%
-# Each form starts from the same members and trains five steps. Then it takes turns with
-# the form that it changes; a turn consists of whole training steps. The time printed
-# for the other form is the median of at least seven turns, and the time of the form is
-# that median divided by the gain. A form can take another time beside another form:
-# read each gain by itself, and do not multiply gains.
+# Each form starts from the same members and trains five steps, after which its losses
+# have to lie within 1e-3 of those of the loop. Then it takes turns with the form that
+# it changes; a turn consists of whole training steps. The time printed for the other
+# form is the median of at least seven turns, and the time of the form is that median
+# divided by the gain. A form can take another time beside another form: read each gain
+# by itself, and do not multiply gains.
 
 ways, losses, gains = {}, {}, {}
 
@@ -312,9 +313,10 @@ step("compiled gradient", one_call(compiled_gradient), "vmap", "compiled loop", 
 # -------------------------
 #
 # A matrix product writes the gradient of the weights to memory before Adam reads it,
-# compiled or not. So a compiled Adam should add nothing to a fused one. One graph for
-# gradient and optimizer would need an Adam that is written out, without schedulers and
-# ``state_dict``, because PyTorch breaks a graph at ``optimizer.step()`` (tested).
+# compiled or not. So a compiled Adam should add nothing to a fused one. PyTorch breaks
+# the graph of a compiled ``train_step`` at the optimizer (tested). One graph for both
+# needs an Adam that is written out, as in ``plot_hyperparameter_sweep.py``, without
+# schedulers and ``state_dict``.
 
 way = one_call(compiled_gradient, torch.compile, fused=False)
 step("compiled Adam", way, "compiled gradient")
@@ -343,11 +345,13 @@ fig.set_label(
 )
 
 # %%
-# **Keep what gains; where no difference was seen, keep what is simpler.** Where a gain
-# that should happen is missing, or Adam gains by being compiled, the reason given above
-# is not the whole one on this machine. A wide interval can hide a gain or a loss:
-# repeat the run on a quiet machine. If the form by hand is faster, the reason is
-# probably that it calls fewer operators (their number is tested).
+# **Keep what gains; where no difference was seen, keep what is simpler.** A wide
+# interval can hide a gain or a loss: repeat the run on a quiet machine. Where a narrow
+# one shows no gain that should happen, or a compiled Adam is faster or slower than a
+# fused one, the reason given above is not the whole one on this machine. If the form by
+# hand is faster, the reason is probably that it calls fewer operators (their number is
+# tested). If the compiled loop gains nothing, the reason is probably that every call of
+# a compiled function first checks what it is given.
 #
 # The mistake: to compile a short training
 # ----------------------------------------
