@@ -7,7 +7,7 @@ from the plain loop over the models to compiled code in bfloat16.
 
 **In short.** Write two forms: a loop over the models, each in ``channels_last``, and
 one call with ``vmap``. Compile both and time both, in float32 and, if your results bear
-it, in bfloat16: which form wins depends on the machine.
+it, in bfloat16: which form wins can depend on the machine and on the precision.
 
 For MLPs, see ``plot_fastest_mlp.py``. Read ``plot_ensembling.py`` before. Compiling
 needs a C++ compiler; on a GPU, Triton and a C compiler.
@@ -361,7 +361,7 @@ ax.set_title(f"Ten CNNs under one roof, {where}")
 fig.legend(loc="outside lower center", ncols=2, fontsize="small")
 fig.set_label(
     "Share of the roof of each step against operations for each byte; the roof rises "
-    f"with a copy's speed and is flat at a product's. {verdicts[0]}."
+    f"with a copy's speed and is flat at a product's. {'; '.join(verdicts)}."
 )
 
 # %%
