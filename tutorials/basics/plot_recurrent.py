@@ -6,10 +6,10 @@ Call and train many recurrent networks at once, although ``torch.func.vmap`` ref
 ``nn.LSTM`` and ``nn.GRU``, and keep your modules and their weights.
 
 **In short.** Give the skeleton of your model the class ``UnrolledLSTM`` or
-``UnrolledGRU`` below in place of ``nn.LSTM`` or ``nn.GRU``: parameters, arguments and
-results are the same, and ``vmap`` accepts it. It runs about a dozen operators in each
-time step for all models together, so a loop can be faster where one operator runs all
-time steps of ``nn.LSTM``, and slower where ``nn.GRU`` runs many.
+``UnrolledGRU`` below in place of ``nn.LSTM`` or ``nn.GRU``: it has the same parameters,
+computes the same up to rounding, and ``vmap`` accepts it. It runs about a dozen
+operators in each time step for all models together, so a loop can be faster where one
+operator runs all time steps of ``nn.LSTM``, and slower where ``nn.GRU`` runs many.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
