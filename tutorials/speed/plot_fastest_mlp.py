@@ -149,7 +149,7 @@ def step(name, before, function, members, inputs=inputs, tolerance=1e-5):
     for size, way, rival in both:
         off = (way().float() - rival().float()).abs().max().item()
         assert off < tolerance, f"{name}: logits are {off:.0e} off those of {before}"
-        (was, *_), (now, *gain) = in_turns(rival, way, seconds=0.3)
+        (was, *_), (now, *gain) = in_turns(rival, way, seconds=0.2)
         gains.setdefault((name, before), []).append(gain)
         print(f"{size}: {name} {now * 1e3:.3g} ms, {before} {was * 1e3:.3g} ms:")
         print(f"    {said(*gain)}")
@@ -350,7 +350,7 @@ for name, stack, data in [*cases, ("16 larger", stacks[1], one_row)]:
     rows, shapes = data.shape[1], [p.shape for p in stack.values() if p.dim() == 3]
     work = sum(2 * n * rows * a * b for n, a, b in shapes)
     moved = sum(4 * n * (a * b + rows * (a + b)) for n, a, b in shapes)
-    found = in_turns(partial(predict, stack, data), *limits, seconds=0.3)
+    found = in_turns(partial(predict, stack, data), *limits, seconds=0.2)
     time, product, copy = [1e3 * seconds for seconds, *_ in found]
     print(f"{name}, rows: {rows}, {work / moved:.1f} operations a byte:")
     product, copy = product * work / (2 * side**3), copy * moved / (2 * source.nbytes)
