@@ -14,6 +14,13 @@ logger = logging.getLogger(__name__)
 # Headings that have another name now: page -> {old id: id of the heading that answers
 # it now, on this page}. Where another page does, "next", which links to it.
 MOVED = {
+    "auto_tutorials/speed/plot_fastest_ensemble": {
+        "two-side-steps-on-step-2-threads-or-a-cuda-graph": (
+            "side-steps-that-need-an-nvidia-gpu"
+        ),
+        "step-5-on-steps-2-to-4-fewer-bits": "step-5-on-steps-3-and-4-fewer-bits",
+        "ask-for-the-layout-inside-vmap": "step-2-on-step-0-channels-last",
+    },
     "auto_tutorials/speed/plot_what_vmap_runs": {
         "large-results-need-fresh-memory": "on-a-cpu-large-results-need-fresh-memory",
     },
