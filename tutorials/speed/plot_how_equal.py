@@ -204,8 +204,8 @@ print("{} by 1e-6, {} by the defaults, {} by the tolerance".format(*refused.toli
 # <https://github.com/Dao-AILab/flash-attention/blob/main/tests/test_flash_attn.py>`_
 # may be twice as far from a reference with more bits as plain attention in PyTorch is.
 # Should the loop happen to be exact, one rounding of the largest logit remains. **Which
-# factor accepts correct code?** So many times as far from float64 as the loop is one
-# call, in 20 random ensembles for each line:
+# factor accepts correct code?** The next table tells how many times as far from float64
+# as the loop one call is, in 20 random ensembles for each line:
 
 print("dtype     biases  median  largest  beyond the tolerance")
 for dtype in dict.fromkeys(precisions.values()):
@@ -343,7 +343,8 @@ print(f"loop and one call, float64: {distance(one64, loop64):.0e}")
 # The mistake: a relative tolerance alone
 # ---------------------------------------
 #
-# The defaults of ``torch.testing.assert_close`` in bfloat16 have hardly an ``atol``:
+# In bfloat16, ``torch.testing.assert_close`` allows 1.6 percent of each logit by default,
+# and an ``atol`` of only 1e-5:
 
 check = partial(torch.testing.assert_close, rtol=1.6e-2, atol=1e-5)
 a, b, _ = runs["fresh", "bfloat16"]
