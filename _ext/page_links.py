@@ -22,6 +22,7 @@ MOVED = {
         "ask-for-the-layout-inside-vmap": "step-2-on-step-0-channels-last",
     },
     "auto_tutorials/speed/plot_what_vmap_runs": {
+        "batching-rule-not-implemented-for-aten-lstm-input": "an-lstm-or-a-gru",
         "large-results-need-fresh-memory": "on-a-cpu-large-results-need-fresh-memory",
     },
 }

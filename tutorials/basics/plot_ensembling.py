@@ -264,8 +264,8 @@ fig.set_label(
 # **Where many small models are slower on a CPU that has other work**, the threads of an
 # operator may wait for each other (not measured here): try
 # ``torch.set_num_threads(1)``. **Where it is slower for CNNs**, large results and the
-# added biases are suspects: ``plot_what_vmap_runs.py``. A ``chunk_size`` can win back a
-# part.
+# added biases are suspects: ``plot_what_vmap_runs.py`` tries them one at a time, and
+# has four lines that keep memory on Linux.
 #
 # The authors of the original example saw both outcomes with ten CNNs in 2022: a comment
 # in their script says 4.91 ms (loop) and 2.07 ms (one call) on an A100 GPU, the output
