@@ -343,8 +343,8 @@ print(f"loop and one call, float64: {distance(one64, loop64):.0e}")
 # The mistake: a relative tolerance alone
 # ---------------------------------------
 #
-# In bfloat16, ``torch.testing.assert_close`` allows 1.6 percent of each logit by default,
-# and an ``atol`` of only 1e-5:
+# In bfloat16, ``torch.testing.assert_close`` allows 1.6 percent of each logit by
+# default, and an ``atol`` of only 1e-5:
 
 check = partial(torch.testing.assert_close, rtol=1.6e-2, atol=1e-5)
 a, b, _ = runs["fresh", "bfloat16"]
