@@ -21,6 +21,15 @@ MOVED = {
         "step-5-on-steps-2-to-4-fewer-bits": "step-5-on-steps-3-and-4-fewer-bits",
         "ask-for-the-layout-inside-vmap": "step-2-on-step-0-channels-last",
     },
+    "auto_tutorials/speed/plot_memory": {
+        "split-the-gradients": "the-mistake-autograd-records-outside-of-vmap",
+        "both-give-the-gradients-of-a-loop": "groups-train-what-a-loop-trains",
+        "stack-without-holding-each-model-twice": (
+            "train-backward-for-some-members-at-a-time"
+        ),
+        "measure-the-peak-of-your-own-call": "how-many-models-fit",
+        "how-many-members-fit-and-which-chunk-size": "how-many-models-fit",
+    },
     "auto_tutorials/speed/plot_what_vmap_runs": {
         "batching-rule-not-implemented-for-aten-lstm-input": "an-lstm-or-a-gru",
         "large-results-need-fresh-memory": "on-a-cpu-large-results-need-fresh-memory",

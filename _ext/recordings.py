@@ -209,7 +209,7 @@ class TutorialFigure(SphinxDirective):
     """
 
     required_arguments = 2
-    option_spec = {"words": directives.flag}
+    option_spec = {"words": directives.flag}  # noqa: RUF012
 
     def run(self):
         tutorial, number = self.arguments[0], int(self.arguments[1])

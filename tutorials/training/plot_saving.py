@@ -399,7 +399,7 @@ for name, model in {"models[3]": old, "ensemble.member(3)": ensemble.member(3)}.
 #
 # - ``plot_hyperparameter_sweep.py``: a learning rate for each member.
 # - ``plot_population.py``: replacing bad members by good ones while they train.
-# - ``plot_memory.py``: how to stack without holding every model twice.
+# - ``plot_recipes.py``: how to stack without holding every model twice.
 #
 # References
 # ----------
