@@ -354,8 +354,8 @@ for size in 1, batch, large:
 
 # %%
 # Where chunks are faster than the one call with all models, the size of the tensors was
-# a cost, on a CPU probably that of the cache and of fresh memory. ``plot_memory.py``
-# helps to choose chunks.
+# a cost, on a CPU probably that of the cache and of fresh memory:
+# ``plot_what_vmap_runs.py`` takes the latter away.
 #
 # **Models with much work each.** At every batch the loop runs the same operators, so
 # the overhead of a model is at most :math:`b` at batch 1. What :math:`b` has beyond
