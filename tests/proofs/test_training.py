@@ -1,4 +1,4 @@
-"""What plot_training.py says and does not prove: optimizers and clipping."""
+"""What plot_training.py says and does not prove: optimizers, clipping, the mean."""
 
 import copy
 from functools import partial
@@ -17,7 +17,8 @@ def new_model():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-PAGE = names_of("training/plot_training", "member_loss", "train_step", "clip_each")
+WANTED = "predict", "member_loss", "train_step", "clip_each"
+PAGE = names_of("training/plot_training", *WANTED)
 PAGE["skeleton"] = new_model().to("meta")
 
 
@@ -34,17 +35,18 @@ def data(models):
     return x, torch.randint(3, (NUM_STEPS, NUM_MODELS, 7))
 
 
-def train_together(models, data, make_optimizer, clip=None):
-    """With the step of the page, or with a clip in it."""
+def train_together(models, data, make_optimizer, clip=None, total=torch.sum):
+    """With the step of the page, or with a clip in it, or with the mean."""
     params, _ = stack_module_state(models)
     optimizer = make_optimizer(params.values())
     for x, y in zip(*data, strict=True):
-        if not clip:
+        if not clip and total is torch.sum:
             PAGE["train_step"](params, optimizer, x, y)
             continue
         optimizer.zero_grad()
-        vmap(PAGE["member_loss"])(params, x, y).sum().backward()
-        clip(params.values(), 0.1)
+        total(vmap(PAGE["member_loss"])(params, x, y)).backward()
+        if clip:
+            clip(params.values(), 0.1)
         optimizer.step()
     return {name: p.detach() for name, p in params.items()}
 
@@ -99,3 +101,18 @@ def test_clipping_each_member_is_clipping_alone(models, data):
     assert distances(together, alone).max() < 1e-10
     assert distances(train_alone(models, data, sgd), alone).min() > 1e-3
     assert distances(train_together(models, data, sgd, for_all), alone).min() > 1e-3
+
+
+def exact(optimizer, decay):  # without the eps, which the mean makes larger
+    return partial(optimizer, lr=0.01, eps=1e-30, weight_decay=decay)
+
+
+@pytest.mark.parametrize(("make_optimizer", "same"), [
+    (partial(torch.optim.SGD, lr=0.3), partial(torch.optim.SGD, lr=0.3 / NUM_MODELS)),
+    (exact(torch.optim.Adam, 0), exact(torch.optim.Adam, 0)),
+    (exact(torch.optim.Adam, 0.01), exact(torch.optim.Adam, 0.01 * NUM_MODELS)),
+    (exact(torch.optim.AdamW, 0.1), exact(torch.optim.AdamW, 0.1)),
+])  # fmt: skip
+def test_what_the_mean_of_the_losses_does(models, data, make_optimizer, same):
+    by_mean = train_together(models, data, make_optimizer, total=torch.mean)
+    assert distances(by_mean, train_together(models, data, same)).max() < 1e-8
