@@ -112,10 +112,10 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # --------------------
 #
 # One large kernel may add numbers in another order than ten small ones, so the last
-# digits in float32 may differ. We allow 1e-6 (1 + abs(b)) between two logits *a* and
-# *b* on a CPU, and elsewhere a bound in units of rounding that ``plot_how_equal.py``
-# derives. To tell rounding from a mistake, eight images are computed in float64 as
-# well.
+# digits in float32 may differ. To tell rounding from a mistake, eight images are
+# computed in float64 as well. We allow 1e-6 (1 + abs(b)) between two logits *a* and *b*
+# on a CPU. Elsewhere one call may be eight times as far off as the loop is from float64
+# (``plot_how_equal.py``).
 
 
 def in64(state):
@@ -131,7 +131,10 @@ with torch.no_grad():
     pairs = zip(models, few, strict=True)
     loop64 = torch.stack([predict(in64(m.state_dict()), {}, x) for m, x in pairs])
 
-in32 = 1e-6 if device == cpu else 224 * 2**-24 * loop_own.abs().max().item()
+rounding = (loop_own[:, :8].cpu().double() - loop64).abs().max().item()
+largest = loop_own.abs().max().item()
+in32 = 1e-6 if device == cpu else 8 * rounding + 2**-23 * largest
+print(f"largest logit {largest:.2f}; the loop is {rounding:.0e} from float64")
 for case, one_call, loop, tol in [
     ("option 1", own, loop_own, in32),
     ("option 2", shared, loop_shared, in32),
