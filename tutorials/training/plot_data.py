@@ -78,7 +78,7 @@ for batch in DataLoader(data, batch_size=32, shuffle=True):
     images, labels = (t.to(device) for t in batch)  # [32, 64], [32]
     losses = vmap(member_loss, in_dims=(0, None, None))(params, images, labels)  # [8]
     train(losses)
-print(f"the same batches for all: mean loss {losses.mean():.3f}")
+print(f"last batch, one for all: images {list(images.shape)}, {len(losses)} losses")
 
 # %%
 # - ``DataLoader(..., num_workers=4)`` loads batches in four processes. On Windows and
@@ -108,9 +108,9 @@ for batch in DataLoader(data, batch_sampler=steps):  # [256, 64], [256]
     losses = vmap(member_loss)(params, images, labels)
     train(losses)
 
-rows = torch.tensor(steps[-1]).view(num_models, -1)  # [8, 5] in the last step
+rows = torch.tensor(steps[-1]).view(num_models, -1)  # [8, 5]: of the last step
 assert torch.equal(images[3].cpu(), x[rows[3]]), "member 3 got rows of another"
-print(f"own batches: mean loss {losses.mean():.3f}")
+print(f"last batch, one for each: images {list(images.shape)}, {len(losses)} losses")
 
 # %%
 # Make the list anew for each epoch. Where reading is slow, load a larger batch for all,
@@ -151,7 +151,8 @@ print(f"moved {batch.nbytes:,} bytes; as float32 {images.nbytes:,}")
 # --------------------------------
 #
 # Subsets of one size are an index tensor: shuffle the indices of each member for an
-# epoch, and split them into steps. For subsets of any size, draw by probability.
+# epoch, and split them into steps. For subsets of any size, ``torch.multinomial`` draws
+# rows by probability, of up to 2**24 rows.
 
 num_rows = len(x)
 bootstrap = torch.randint(num_rows, (num_models, num_rows))  # [8, 1797]
@@ -255,10 +256,11 @@ print(f"all weights 0: loss {weighted_loss(p, x64[-1], labels[-1], 0 * weights[-
 # Half precision, and one GradScaler for all
 # ------------------------------------------
 #
-# Put ``autocast`` around the call of ``vmap``, as around one model (tested). With
-# ``float16`` people use a ``GradScaler``, and **one member's overflow skips the step of
-# all**: the scaler looks at all gradients together, and halves the scale of all. Here
-# the images of member 3 are multiplied by a factor, on the CPU.
+# Put ``torch.autocast(device.type, dtype=torch.bfloat16)`` around the call of ``vmap``,
+# as around one model (tested). With ``float16`` and a ``GradScaler``, **one member's
+# overflow skips the step of all**: the scaler looks at all gradients together, and
+# halves one scale for all. Here the images of member 3 are multiplied by a factor, and
+# the CPU computes:
 
 images = x[:32].repeat(num_models, 1, 1)  # [8, 32, 64]
 for dtype, factor in [(torch.float16, 1), (torch.float16, 1e3), (torch.bfloat16, 1e3)]:
@@ -286,10 +288,10 @@ for dtype, factor in [(torch.float16, 1), (torch.float16, 1e3), (torch.bfloat16,
 # Keep the tensors, and ask for numbers once in an epoch. The data are on the device
 # here, because a copy in each step may wait, too.
 
-x, y, log = x.to(device), y.to(device), []
+x_here, y_here, log = x.to(device), y.to(device), []
 order = torch.rand(num_models, num_rows, device=device).argsort(dim=1)
 for rows in order.split(32, dim=1):
-    losses = vmap(member_loss)(params, x[rows], y[rows])
+    losses = vmap(member_loss)(params, x_here[rows], y_here[rows])
     train(losses)
     log.append(losses.detach())  # detached, or each step keeps its graph
 means = torch.stack(log).mean(dim=0)  # [8]
@@ -311,7 +313,7 @@ print("mean losses of the epoch:", *[f"{loss:.3f}" for loss in means.tolist()])
 #        for member, loss in enumerate(means[:4].tolist()):
 #            writer.add_scalar(f"loss/{member}", loss, epoch)
 #
-# ``add_scalars`` opens a file for each member.
+# ``add_scalars`` would open a file for each member.
 #
 # Remember
 # --------
@@ -330,6 +332,8 @@ print("mean losses of the epoch:", *[f"{loss:.3f}" for loss in means.tolist()])
 # References
 # ----------
 #
+# - A loader that stacks a batch for each member is wanted in `meta-pytorch/data#1507
+#   <https://github.com/meta-pytorch/data/issues/1507>`_.
 # - `torch.utils.data <https://docs.pytorch.org/docs/stable/data.html>`_: workers, and
 #   what differs between platforms; `pinned memory
 #   <https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html>`_.

@@ -117,8 +117,8 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 #   digits, in each member's own order. Data from a loader: ``plot_data.py``.
 # - **The sum.** No member's parameters touch another's loss, so the gradient of the sum
 #   with respect to a member's parameters is the gradient of its own loss.
-# - **The mode** is that of the skeleton, for all members. A network with dropout needs
-#   ``vmap(member_loss, randomness="different")``: ``plot_state.py``.
+# - **The mode** is that of the skeleton, for all members. With dropout in the network,
+#   write ``vmap(member_loss, randomness="different")``: ``plot_state.py``.
 #
 # SGD, momentum, Adam, AdamW and weight decay treat each number by itself, so a stack is
 # a model to them (tested). Adafactor mixes members, and Muon refuses a stack (tested).
@@ -220,9 +220,9 @@ assert off < 1e-10, f"members do not train as if they were alone: {off:.1e} apar
 print(f"two epochs, together and alone: states {off:.0e} apart in float64")
 
 # %%
-# So **member 3 is the model that seed 3 gives alone**: the seed sets its first weights
-# and its orders, whatever other members there are. In float32 training amplifies
-# rounding: ``plot_how_equal.py`` measures by how much.
+# So **member 3 is the model that seed 3 gives alone**, up to rounding: the seed sets
+# its first weights and its orders, whatever other members there are. In float32,
+# training amplifies rounding: ``plot_how_equal.py`` measures by how much.
 #
 # A member that diverges harms no other
 # -------------------------------------
@@ -236,9 +236,7 @@ with torch.no_grad():
 batch = x_train[:32].expand(num_models, -1, -1), y_train[:32].expand(num_models, -1)
 losses = train_step(state, optimizer, *batch)
 finite = params["0.weight"].grad.isfinite().all(dim=(1, 2))  # [64]
-print(
-    f"sum of the losses: {losses.sum():.2f}; finite losses: {losses.isfinite().sum()}"
-)
+print(f"sum of losses {losses.sum():.2f}, finite losses {losses.isfinite().sum()}")
 print(f"members with finite gradients: {finite.sum()} of {num_models}")
 
 # %%
@@ -333,13 +331,14 @@ for size in [1, 3, 10, 100]:
     costs.append([size, *ms])
     print(f"{size:3} members: loop {ms[0]:.2f} ms, together {ms[1]:.2f} ms:", end=" ")
     print(said(*together[1:]))
-more, *ms = torch.tensor(costs[-2:]).diff(dim=0)[0]  # from 10 members to 100
-print(f"one more member: loop {ms[0] / more:.2f} ms, together {ms[1] / more:.2f} ms")
+more, *longer = (b / a for a, b in zip(*costs[-2:], strict=True))
+print(f"{more:.3g}x the members take {longer[0]:.3g}x as long in the loop, ", end="")
+print(f"{longer[1]:.3g}x together")
 
 # %%
 # **Where one call wins by much**, a loop probably spends most of its time on calling
-# operators. Larger networks gain less, or lose: ``plot_when_vmap_pays.py``. Fused and
-# compiled steps: ``plot_faster_training.py``.
+# operators. Larger networks may gain less, or lose: ``plot_when_vmap_pays.py``.
+# Compiled steps: ``plot_faster_training.py``.
 #
 # The mistake: the mean in place of the sum
 # -----------------------------------------
