@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from pages import names_of
 from torch import nn
 
-ASK = "to_device loss_of refusal Operators loops without_dropout loop farthest distance stack"
-PAGE = names_of("basics/plot_your_own_model", *ASK.split(), "megabytes")
+ASK = "to_device loss_of run accepts ask Operators loops without_dropout loop apart"
+PAGE = names_of(
+    "basics/plot_your_own_model", *ASK.split(), "distance", "stack", "megabytes"
+)
 PAGE["device"] = torch.device("cpu")
 IMAGE, ROWS, TIMES = torch.randn(2, 4, 8, 8), torch.randn(3, 8), torch.randn(2, 5, 8)
 TOKENS = torch.randint(10, (2, 5))
@@ -32,9 +34,14 @@ class Branches(nn.Linear):
 
 
 class Several(nn.Linear):
+    def __init__(self, *sizes, rate=0.0):
+        super().__init__(*sizes)
+        self.rate_of_all = rate
+
     def forward(self, x):
         x = super().forward(x)
-        return {"mean": x.mean(), "both": (x, F.dropout(x, 0.5, self.training) * 0)}
+        dropped = F.dropout(x, self.rate_of_all, self.training)
+        return {"mean": x.mean(), "both": (x, dropped)}
 
 
 def weight_norm():
@@ -97,28 +104,39 @@ def quiet():
         yield
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["predict", "train"])
+TASKS = pytest.mark.parametrize("train", [False, True], ids=["predict", "train"])
+
+
+@TASKS
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_accepted_and_equal(kind, train):
     build, *batch = ACCEPTED[kind]
-    assert PAGE["refusal"](build, tuple(batch), train) is None
+    assert PAGE["accepts"](build, tuple(batch), train) == "accepted"
     assert PAGE["distance"](build, tuple(batch), train) < 1e-10
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["predict", "train"])
+@TASKS
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_in_words(kind, train):
     build, *batch = REFUSED[kind]
-    words = PAGE["refusal"](build, tuple(batch), train)
+    words = PAGE["ask"](PAGE["accepts"], build, tuple(batch), train)
     known = "Batching rule not implemented", "control flow", "of the same class"
     assert any(part in words for part in known), words
+
+
+def test_random_numbers_outside_of_modules_are_no_distance():
+    build, x = (lambda: Several(8, 4, rate=0.5)), (ROWS,)
+    assert "two runs of the loop differ" in PAGE["ask"](
+        PAGE["distance"], build, x, True
+    )
+    assert PAGE["distance"](build, x, False) < 1e-10
 
 
 def test_a_hidden_loop_is_named():
     build = ACCEPTED["encoder"][0]
     looping = PAGE["loops"](build, (TIMES,), train=False)
-    assert looping == ["aten._transformer_encoder_layer_fwd.default"]
-    assert not PAGE["loops"](ACCEPTED["Linear"][0], (ROWS,), train=True)
+    assert looping == "aten._transformer_encoder_layer_fwd.default"
+    assert PAGE["loops"](ACCEPTED["Linear"][0], (ROWS,), train=True) == "none"
 
 
 def test_what_training_keeps():

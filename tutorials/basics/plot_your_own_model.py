@@ -23,7 +23,6 @@ import warnings
 from collections import Counter
 from functools import partial
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -60,10 +59,10 @@ batch = (torch.randn(32, 64),)
 
 
 def stack(build, num_models, train=False, double=False):
-    """Models, their stacked parameters, and one call of all of them."""
+    """Models, their stacked parameters and buffers, and one call of all of them."""
     models = [build().train(train) for _ in range(num_models)]
     models = [m.cpu().double() if double else m.to(device) for m in models]
-    params, buffers = stack_module_state(models)
+    state = stack_module_state(models)
     with torch.device("meta"):
         skeleton = build().train(train)
 
@@ -71,12 +70,12 @@ def stack(build, num_models, train=False, double=False):
         return functional_call(skeleton, (params, buffers), batch, strict=True)
 
     every = vmap(one, in_dims=(0, 0, None), randomness="different")
-    return models, params, partial(every, params, buffers)
+    return models, state, partial(every, *state)
 
 
-models, params, call = stack(build, num_models=4)
-for name, p in params.items():
-    print(f"{name:12} {list(p.shape)}")
+models, (params, buffers), call = stack(build, num_models=4)
+for name, t in (params | buffers).items():
+    print(f"{name:21} {list(t.shape)}")
 
 # %%
 # Where this stops, the models differ in class or in shapes, or building one needs the
@@ -86,8 +85,9 @@ for name, p in params.items():
 # Does vmap accept them?
 # ----------------------
 #
-# To predict with two models, and to train them. The loss is the sum of the squares of
-# all that a model returns: any loss will do for these questions.
+# To predict with two models, and to train them, with a loss for which any tensor will
+# do. (A loss of your own that you map as well has to be asked, too.) ``ask`` returns an
+# answer, or the first line of the error that came in its place.
 
 
 def to_device(batch):
@@ -99,25 +99,33 @@ def loss_of(outputs):
     return sum(t.square().sum() for t in tensors if t.is_floating_point())
 
 
-def refusal(build, batch, train):
-    """What PyTorch says against it, or nothing."""
+def run(call, batch, train):
+    with torch.set_grad_enabled(train):
+        outputs = call(to_device(batch))
+    if train:
+        loss_of(outputs).backward()
+
+
+def accepts(build, batch, train):
+    *_, call = stack(build, 2, train)
+    run(call, batch, train)
+    return "accepted"
+
+
+def ask(question, *inputs):
     try:
-        _, _, call = stack(build, 2, train)
-        with torch.set_grad_enabled(train):
-            outputs = call(to_device(batch))
-        if train:
-            loss_of(outputs).backward()
+        return question(*inputs)
     except Exception as error:  # whatever it is, its words are the answer
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
-print("predict:", refusal(build, batch, train=False) or "accepted")
-print("train:", refusal(build, batch, train=True) or "accepted")
+print("predict:", ask(accepts, build, batch, False))
+print("train:", ask(accepts, build, batch, True))
 
 # %%
 # **Does it loop without a word?** An operator that ``vmap`` cannot run for all models
 # at once runs once for each model, sometimes without a warning. It is found by counting
-# the operators of a training step: with twice the models they must not become more.
+# operators: with twice the models they must not become more.
 
 
 class Operators(TorchDispatchMode):
@@ -134,29 +142,28 @@ def loops(build, batch, train):
     """Operators that run more often for four models than for two."""
     counts = []
     for num_models in 2, 4:
-        _, _, call = stack(build, num_models, train)
-        with torch.set_grad_enabled(train), Operators() as seen:
-            outputs = call(to_device(batch))
-            if train:
-                with torch.autograd.set_multithreading_enabled(False):
-                    loss_of(outputs).backward()
+        *_, call = stack(build, num_models, train)
+        with torch.autograd.set_multithreading_enabled(False), Operators() as seen:
+            run(call, batch, train)
         counts.append(seen.count)
-    return [name for name, times in counts[1].items() if times > counts[0][name]]
+    names = [name for name, times in counts[1].items() if times > counts[0][name]]
+    return ", ".join(names) or "none"
 
 
-print("operators that loop:", ", ".join(loops(build, batch, train=True)) or "none")
+print("operators that loop in training:", ask(loops, build, batch, True))
 
 # %%
 # Does it compute what the loop computes?
 # ---------------------------------------
 #
-# Three models in float64 on the CPU, where rounding is far below any mistake: their
-# outputs, and in training their gradients, too. Dropout is switched off, because one
-# call and a loop draw other numbers. A distance is divided by the largest output, or by
-# the largest gradient.
+# Three models in float64 on the CPU, where rounding is far below 1e-10: outputs and
+# buffers, and in training gradients, too. Dropout of modules is switched off, because
+# one call and a loop draw other numbers. A distance is divided by the largest output,
+# buffer or gradient.
 
 
-def without_dropout(model):
+def without_dropout(build):
+    model = build()
     for module in model.modules():
         for rate in "p", "dropout":  # of nn.Dropout, and of attention
             if isinstance(getattr(module, rate, None), float):
@@ -169,40 +176,47 @@ def loop(models, batch):
     return tree_map(lambda *rows: torch.stack(rows), *outputs)
 
 
-def farthest(pairs):
-    largest = max(looped.abs().max() for _, looped in pairs)
-    return max(((a - b).abs().max() / largest).item() for a, b in pairs)
+def apart(one_call, looped):
+    pairs = [*zip(tree_leaves(one_call), tree_leaves(looped), strict=True)]
+    largest = max([b.abs().max().item() for _, b in pairs], default=0)
+    return max([(a - b).abs().max().item() for a, b in pairs], default=0) / largest
+
+
+# %%
 
 
 def distance(build, batch, train):
     """The largest distance between one call and the loop."""
-    models, params, call = stack(lambda: without_dropout(build()), 3, train, True)
+    plain = partial(without_dropout, build)
+    models, (params, buffers), call = stack(plain, 3, train, double=True)
     batch = tree_map(lambda t: t.cpu().double() if t.is_floating_point() else t, batch)
     with torch.set_grad_enabled(train):
-        called, looped = call(batch), loop(models, batch)
-    pairs = [*zip(tree_leaves(called), tree_leaves(looped), strict=True)]
-    far = farthest(pairs)
+        far = apart(called := call(batch), looped := loop(models, batch))
+    if buffers:
+        far = max(far, apart(buffers, stack_module_state(models)[1]))
     if train:
         (loss_of(called) + loss_of(looped)).backward()
         weights = zip(params.values(), *[m.parameters() for m in models], strict=True)
-        grads = [(p.grad, [q.grad for q in own]) for p, *own in weights]
-        far = max(
-            far, farthest([(g, torch.stack(own)) for g, own in grads if g is not None])
-        )
+        grads = [[p.grad for p in same] for same in weights if same[0].grad is not None]
+        rows = [torch.stack(own) for _, *own in grads]
+        far = max(far, apart([one for one, *_ in grads], rows))
+    if apart(loop(models, batch), looped) > 1e-10:
+        raise RuntimeError("two runs of the loop differ, as with random numbers")
     return far
 
 
-apart = distance(build, batch, train=True)
-print(f"largest relative distance: {apart:.0e}")
-assert apart < 1e-10, "one call does not compute what the loop computes"
+far = ask(distance, build, batch, True)
+print("distance in training:", far if isinstance(far, str) else f"{far:.0e}")
+assert isinstance(far, str) or far < 1e-10, "one call is not the loop"
 
 # %%
 # How many fit into memory?
 # -------------------------
 #
 # A model in training keeps four numbers for each weight (itself, its gradient, two
-# averages of Adam) and the activations that the backward pass needs. Temporary tensors
-# come on top, so this is a bound; ``plot_memory.py`` measures.
+# averages of Adam) and the activations that the backward pass needs. They are counted
+# for one model; temporary tensors and a batch of its own come on top.
+# ``plot_memory.py`` measures.
 
 
 def megabytes(build, batch):
@@ -221,10 +235,6 @@ def megabytes(build, batch):
     return (4 * weights + sum(kept.values())) / 1e6
 
 
-each = megabytes(build, batch)
-fit = float(f"{8000 / each:.1g}")
-print(f"training keeps {each:.2g} MB for each model: 8 GB hold {fit:,.0f} at most")
-
 # %%
 # Is it faster?
 # -------------
@@ -233,7 +243,8 @@ print(f"training keeps {each:.2g} MB for each model: 8 GB hold {fit:,.0f} at mos
 # models should gain, and a few large ones should not. Its rival is a good loop, with
 # one fused optimizer for all models and one backward pass of the sum of their losses.
 # Neither is compiled. After three calls of each, loop and call take turns, at least
-# seven; a gain is the median ratio of the turns, in brackets its 95 % interval.
+# seven; a gain is the median ratio of the turns, in brackets its 95 % interval. Up to 2
+# percent count as no difference.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -278,7 +289,7 @@ def train_step(optimizer, outputs_of, batch):
 
 def gain(build, batch, num_models, train):
     """Gain of one call over the loop, and its interval."""
-    models, params, call = stack(build, num_models, train)
+    models, (params, _), call = stack(build, num_models, train)
     ways = [partial(loop, models), call]
     if train:
         every = [p for model in models for p in model.parameters()]
@@ -302,22 +313,28 @@ tasks, sizes = {"predict": False, "train": True}, [4, 16, 64]
 
 def advise(build, batch):
     """Print what to do with many such models, and why; return the gains of one call."""
-    gains = {}
+    gains, each = {}, ask(megabytes, build, batch)
     for task, train in tasks.items():
-        if words := refusal(build, batch, train):
-            print(f"To {task}, a loop, because vmap refuses: {words}")
+        if (words := ask(accepts, build, batch, train)) != "accepted":
+            print(f"To {task}, a loop: one call fails. {words}")
             continue
-        if distance(build, batch, train) > 1e-10:
-            print(f"To {task}, a loop, because one call computes something else.")
+        if isinstance(far := ask(distance, build, batch, train), str):
+            print(f"To {task}, not compared in float64. {far}")
+        elif far > 1e-10:
+            print(f"To {task}, a loop: one call computes something else.")
             continue
         row = gains[task] = [gain(build, batch, n, train) for n in sizes]
-        pays = [n for n, found in zip(sizes, row, strict=True) if found[1] > 1.02]
-        way = "one call" if sizes[-1] in pays else "a loop"
-        print(f"To {task}, {way}. In one call,")
+        slow = [n for n, (_, low, _) in zip(sizes, row, strict=True) if low <= 1.02]
+        pays = [n for n in sizes if n > max(slow, default=0)]
+        print(
+            f"To {task},", f"one call from {pays[0]} models on:" if pays else "a loop:"
+        )
         for n, found in zip(sizes, row, strict=True):
-            print(f"    {n:2} models: {said(*found)}")
-        for name in loops(build, batch, train):
-            print(f"    {name} runs once for each model")
+            print(f"    one call for {n:2} models: {said(*found)}")
+        print("    operators that loop:", loops(build, batch, train))
+    if gains:
+        fit = float(f"{8000 / each:.2g}")
+        print(f"Training keeps {each:.2g} MB a model: 8 GB hold {fit:,.0f} at most.")
     return gains
 
 
@@ -330,46 +347,24 @@ with warnings.catch_warnings(action="ignore"):  # of operators that loop: they a
     _ = advise(layer, (torch.randn(8, 16, 32),))
 
 # %%
-
-fig, ax = plt.subplots(layout="constrained")
-for (task, row), look in zip(gains.items(), ["C0o-", "C1^--"], strict=True):
-    mid, low, high = zip(*row, strict=True)
-    ax.plot(sizes, mid, look, label=task)
-    ax.fill_between(sizes, low, high, color=look[:2], alpha=0.2)
-ax.axhline(1, color="gray")
-ax.set(xscale="log", yscale="log", xlabel="number of models")
-ax.set_ylabel("time of loop / time of one call\n(above 1, one call is faster)")
-ax.set_title(f"The first model of this page, float32\n{where}")
-ax.set_xticks(sizes, labels=sizes)
-ax.yaxis.set_major_formatter("{x:g}")
-ax.minorticks_off()
-ax.legend()
-listing = ", ".join(f"to {task} {said(*row[-1])}" for task, row in gains.items())
-fig.set_label(
-    "Time of a loop divided by the time of one call, with intervals, against the "
-    "number of models, to predict and to train. One call for "
-    f"{sizes[-1]} models: {listing}."
-)
-
-# %%
-# **Where the advice is a loop because vmap refuses**, look for the words of the message
-# in ``plot_what_vmap_refuses.py``; for an LSTM or a GRU, ``plot_recurrent.py`` has a
-# form that is accepted. **Where it is a loop because one call gains nothing**, the
+# **Where one call fails**, look for the words of the message in
+# ``plot_what_vmap_refuses.py``; for an LSTM or a GRU, ``plot_recurrent.py`` has a form
+# that is accepted. **Where a loop is advised because one call gains nothing**, the
 # models are too few, or each keeps the device busy by itself:
 # ``plot_when_vmap_pays.py`` finds from how many on one call pays. **Where an operator
 # runs once for each model**, the result is right, and a form of it that does not loop
 # may gain more: ``plot_what_vmap_runs.py``.
 #
-# These functions give the right answer for 25 kinds of modules, and for six that
-# ``vmap`` refuses (tested). They do not see what a module keeps outside of its
-# parameters and buffers, such as a counter: one call counts once for all models.
+# The questions of acceptance and equality were tried on 25 kinds of modules that are
+# accepted and on six that fail (tested). They do not see what a module keeps outside of
+# its parameters and buffers, such as a counter: one call counts once for all models.
 #
 # Remember
 # --------
 #
 # Ask before you rewrite: do they stack, are they accepted, equal, do they fit, is it
-# faster? A refusal names its operator. A loop inside of ``vmap`` shows in the count of
-# operators. Equality is a question for float64, without dropout.
+# faster? A loop inside of ``vmap`` shows in the count of operators. Equality is a
+# question for float64, without dropout.
 #
 # Next
 # ----
