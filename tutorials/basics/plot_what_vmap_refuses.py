@@ -7,48 +7,43 @@ compute the same and are accepted.
 
 **In short.** ``vmap`` runs your function once, on tensors that stand for all members
 (models or samples), so it refuses what needs the value of one (``if``, ``.item()``,
-NumPy, shapes that depend on values); most have a form in tensor operations that equals
-the loop. Side effects (``append``, ``random.random()``) are not refused, but happen
-once for all.
+NumPy, shapes that depend on values). Search this page for words of your message: most
+refusals have a form in tensor operations that equals the loop.
 
-Before you start: ``plot_ensembling.py`` says what ``vmap`` does.
+Before you start: ``plot_ensembling.py`` says what ``vmap`` does. For a wrong result
+without a message, see ``plot_silent_mistakes.py``.
 """
 
 # %%
 # Set-up
 # ------
 
-import random
 import textwrap
 import warnings
 
 import torch
 from torch import nn
 from torch.autograd import Function
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import grad, vmap
 
 torch.manual_seed(0)
 double = {"device": "cpu", "dtype": torch.float64}
 num_models = 4
-xs = torch.randn(num_models, 8, 6, **double)  # a [8, 6] for each
+xs = torch.randn(num_models, 8, 6, **double)  # an input [8, 6] for each member
+ws = torch.randn(num_models, 6, **double)  # weights [6] of each member
 print(f"CPU, torch {torch.__version__}, float64")
 
-# %%
-# Two helpers of the cases below:
 
-
-def says(function, *inputs):
-    """First sentence of what vmap says about a function."""
+def compare(refused, accepted, *inputs):
+    """Print what vmap says of a function; the other call has to equal a loop of it."""
     try:
-        vmap(function)(*inputs)
-    except (RuntimeError, ValueError, UserWarning) as error:
-        sentence = str(error).split(". ")[0].split("\n")[0].removeprefix("vmap: ")
-        return textwrap.fill(sentence, 88)
-    return "accepted here"
-
-
-def check(one_call, loop):
-    far = (one_call - torch.stack(loop)).abs().max().item()
+        vmap(refused)(*inputs)
+        print("accepted here: your PyTorch is newer")
+    except (RuntimeError, UserWarning) as error:
+        sentence = str(error).split(". ")[0].removeprefix("vmap: ")
+        print(textwrap.fill(sentence, 88))
+    loop = torch.stack([refused(*rows) for rows in zip(*inputs, strict=True)])
+    far = (accepted(*inputs) - loop).abs().max().item()
     assert far < 1e-10, f"vmap does not compute what the loop computes: {far:.1e} away"
     print(f"What to write equals the loop; largest difference {far:.0e}.")
 
@@ -57,86 +52,100 @@ def check(one_call, loop):
 # What you see, what to write, and why
 # ------------------------------------
 #
-# About the inputs:
+# Each message was provoked, and what to write was tested.
 #
-# - ``Got in_dim=0 for an input``, ``Got in_dim=0 for some input``, ``same size in the
-#   mapped dimension``: an argument that all members share has no row for each. Say
-#   ``None`` for it in ``in_dims``.
-# - ``in_dims is not compatible with the structure``: say ``in_dims`` for each argument,
-#   as ``(0, None)``, and in a dictionary for each key, or one number for all of it.
+# **About in_dim, sizes, outputs**
 #
-# About the function:
+# - ``Got in_dim=0 for``, ``same size in the mapped dimension``: an argument that all
+#   members share has no row for each. Pass ``None`` for it:
+#   ``vmap(f, in_dims=(0, None))(params, x)``.
+# - ``in_dims is not compatible with the structure``: pass one entry for each argument,
+#   as ``(0, None)``. For a dictionary, it is a number or a dictionary of numbers.
+# - ``must only return Tensors``: the function returns a ``str``, an ``int``, ``None``
+#   or a dataclass. Pass ``out_dims=(0, None)`` if the second output is no tensor. For
+#   a dataclass ``out``, return ``vars(out)``. A ``NamedTuple`` is accepted.
+# - ``input.size(-2) should match other.size(-2)``: ``lstsq`` takes no vector here.
+#   Write ``torch.linalg.lstsq(a, b[:, None]).solution[:, 0]``.
+# - ``NestedTensorImpl doesn't support sizes``: all members share a nested tensor. Pass
+#   ``nested.to_padded_tensor(0.0)`` and a mask.
 #
-# - ``data-dependent control flow``: an ``if`` would go one way for all members. Write
-#   ``torch.where(test, a, b)``.
+# **About a value, a shape, storage**
+#
+# - ``data-dependent control flow``: an ``if``, in your code or in a library, would go
+#   one way for all members. Write ``torch.where(test, a, b)``.
 # - ``calling .item() on a Tensor``: a Python number would be the same for all members.
-#   Go on with the tensor.
-# - ``Cannot access data pointer of Tensor``, ``unexpected keyword argument 'axis'``:
-#   NumPy sees no members. Call it before or after, or write ``x.sum()`` for
-#   ``np.sum(x)``.
+#   Keep the tensor.
+# - ``Cannot access data pointer of Tensor``: NumPy, SciPy and ``.tolist()`` see no
+#   members. Call them outside, or as ``Reverse`` does below.
 # - ``can support dynamic shape``, ``can output dynamic shape``, ``return a differently
-#   shaped Tensor``: a mask, or an operator such as ``aten::nonzero``, would give each
-#   member another shape. Write ``torch.where(mask, x, fill)``.
+#   shaped Tensor``: a mask, or ``aten::nonzero``, would give each member another shape.
+#   Write ``torch.where(mask, x, fill)``.
+# - ``Cannot access storage of BatchedTensorImpl``: ``torch.while_loop`` is refused.
+#   Write a ``for`` over the largest number of steps, as below.
+# - ``Expected FakeTensor``: ``grad`` refuses ``torch.cond``. Write ``torch.where``.
+#
+# **About a write in place**
+#
 # - ``is not possible because there exists a Tensor``, ``doesn't match the broadcast
-#   shape``: the results of all members go into a tensor that exists once. Make it from
-#   an input that has a row for each: ``x.new_zeros(...)``.
-# - ``randomness error mode``: say ``randomness="different"``, or ``"same"``.
-# - ``Cannot ask for different inplace randomness``: from ``torch.distributions`` and
-#   ``nn.init``. Write ``loc + scale * torch.randn_like(loc)``; build modules outside.
+#   shape``: ``scatter_add_``, ``index_add_`` or another operation would write the
+#   results of all members into a tensor that exists once. Make it from one that has a
+#   row for each, ``w.new_zeros(3)``, not from a shared one. Or write
+#   ``torch.zeros(3).scatter_add(0, i, x)``, without the underscore.
+#
+# **About randomness, layers, operators**
+#
+# - ``randomness error mode``: pass ``randomness="different"``, or ``"same"`` to draw
+#   once for all. To draw as a loop does, draw outside and pass the numbers.
+# - ``Cannot ask for different inplace randomness``: ``Normal.rsample`` and
+#   ``nn.init`` draw in place. Write ``loc + scale * torch.randn_like(loc)``, and build
+#   modules outside.
 # - ``Batch norm got a batched tensor``: one module has one running mean. Stack the
-#   buffers, or call ``eval()``.
-# - ``Batching rule not implemented``: an LSTM, a GRU, ``torch.equal``, ``out=``. Write
-#   it in other operations.
+#   buffers (``plot_state.py``), or call ``eval()``.
+# - ``Batching rule not implemented``: for ``aten::lstm``, ``aten::lstm_cell``,
+#   ``aten::gru`` or ``aten::rnn_tanh``, take a layer from ``plot_recurrent.py``. For
+#   ``aten::equal``, write ``(a == b).all()``. Delete ``out=``.
+# - ``aten::_nested_tensor_from_mask``, ``derivative for
+#   aten::_transformer_encoder_layer_fwd``: in eval mode, ``nn.TransformerEncoder``
+#   takes a fast path, which has no gradient. Call
+#   ``torch.backends.mha.set_fastpath_enabled(False)``.
+# - ``expand is unsupported for Sparse``, ``Sparse CSR tensors do not have``: ``A @ x``
+#   with a sparse ``A``. Make the members columns, without ``vmap``:
+#   ``(A @ xs.movedim(0, 1).flatten(1)).unflatten(1, (len(xs), -1)).movedim(1, 0)``.
+# - ``reshape is not implemented for sparse tensors``: the gradient of an embedding.
+#   Delete ``sparse=True``.
+# - ``There is a performance drop``: the operator runs once for each member.
+#
+# **About gradients, checkpoint, autograd.Function**
+#
 # - ``attempting to call Tensor.requires_grad_()``, ``backward() called inside``, ``does
 #   not require grad and does not have``: gradients are functions here. Write
 #   ``vmap(grad(loss))``.
-# - ``override the setup_context staticmethod``, ``does not have vmap support``: an
-#   ``autograd.Function`` of the old form, or ``checkpoint``.
-# - ``don't yet support saved tensor hooks``: ``checkpoint``. Put it around ``vmap``.
-# - ``your tensor may have escaped``: a tensor kept in a list (return it instead), or
-#   ``checkpoint``.
-# - ``must only return Tensors``: a ``str`` is no tensor. Say ``out_dims=(0, None)``.
-# - ``There is a performance drop``: not refused, but slow.
+# - ``override the setup_context staticmethod``: an ``autograd.Function`` has the old
+#   form, or a model calls ``checkpoint`` with ``use_reentrant=True``.
+# - ``does not have vmap support``: the ``Function`` needs a rule. Set
+#   ``generate_vmap_rule = True`` if it calls only PyTorch, else write a ``vmap`` as in
+#   ``Reverse`` below.
+# - ``don't yet support saved tensor hooks``, ``your tensor may have escaped``: a model
+#   calls ``checkpoint``. Turn that off, and call ``backward()`` on the result of
+#   ``checkpoint(vmap(f), xs, use_reentrant=False)``. If a tensor was kept in a list,
+#   return it instead.
 #
-# About the models:
+# **About models and their parameters**
 #
 # - ``stack expects each tensor to be equal size``, ``Expected all models to be of the
-#   same class``: one call for each architecture (``plot_recipes.py``). The first also
-#   comes from ``argwhere``, and ``bincount`` without ``minlength``, in a function.
-# - ``the same training/eval mode``: call ``eval()``, or ``train()``, on all of them.
+#   same class``: make one call for each architecture (``plot_recipes.py``). The first
+#   comes also from ``argwhere``, and ``bincount`` without ``minlength``; the second
+#   from ``weight_norm``, which gives each layer its own class: stack
+#   ``[nn.Sequential(model) for model in models]``.
+# - ``the same training/eval mode``: call ``eval()``, or ``train()``, on all models.
 # - ``t() expects a tensor with <= 2 dimensions``, ``expected stride to be a single
 #   integer``: a model got the stacked parameters outside of ``vmap``, or with ``None``
 #   in ``in_dims``.
 #
-# How to read the cases
-# ---------------------
-#
-# The cases that need more print what ``vmap`` says, and compare what to write with the
-# loop. With the set-up and the cell after it, each runs alone. "accepted here" means
-# that your PyTorch is newer.
-#
-# ``Got in_dim=0 for an input``
-# -----------------------------
-#
-# A number, a module or a minibatch that all members share:
-
-shared = torch.randn(8, 6, **double)
-
-
-def update(x, minibatch, rate):  # refused without in_dims=
-    return x - rate * minibatch
-
-
-print(says(update, xs, shared, 0.1))
-print(says(torch.add, xs, shared))
-one_call = vmap(update, in_dims=(0, None, None))(xs, shared, 0.1)  # what to write
-check(one_call, [update(x, shared, 0.1) for x in xs])
-
-# %%
 # ``data-dependent control flow``
 # -------------------------------
 #
-# Turn ``x`` so that its mean is positive. Some members need it, some do not:
+# Give each member a positive mean:
 
 
 def turn(x):  # refused
@@ -149,22 +158,25 @@ def turn_where(x):  # what to write
     return torch.where(x.mean() < 0, -x, x)
 
 
-print(says(turn, xs))
-check(vmap(turn_where)(xs), [turn(x) for x in xs])
+compare(turn, vmap(turn_where), xs)
 
 # %%
-# The same for ``assert``, ``and``, ``max(a, b)`` (write ``torch.maximum``) and
-# ``sorted``. A ``while`` becomes a ``for`` over the largest number of steps, with
-# ``x = torch.where(running, f(x), x)`` in it.
-#
-# ``torch.where`` computes *both* sides. In training, the side that is not taken must be
-# finite, or the gradient is ``nan``:
-# ``torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)``.
+# - ``assert``, ``and``, ``sorted`` and ``max(a, b)`` are refused too; for the last,
+#   write ``torch.maximum``.
+# - ``while`` becomes a ``for`` over the largest number of steps, with
+#   ``x = torch.where(running, f(x), x)`` in it.
+# - ``torch.where`` computes *both* sides. In training, the side that is not taken must
+#   be finite, or the gradient is ``nan``:
+#   ``torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)``.
+# - **In a library**: for ``F.gaussian_nll_loss``, write the formula. If each member has
+#   its own ``mask`` in ``nn.TransformerEncoder``, pass ``is_causal=False``. Call an ODE
+#   solver that adapts its steps outside:
+#   ``odeint(lambda t, z: vmap(field)(params, z), z0, times)``.
 #
 # ``calling .item() on a Tensor``
 # -------------------------------
 #
-# What is to differ from member to member must stay a tensor:
+# What differs from member to member must stay a tensor:
 
 
 def scale(x):  # refused; so is float(x.max())
@@ -175,38 +187,56 @@ def scale_tensor(x):  # what to write
     return x / x.max()
 
 
-print(says(scale, xs))
-check(vmap(scale_tensor)(xs), [scale(x) for x in xs])
+compare(scale, vmap(scale_tensor), xs)
 
 # %%
-# It is also hidden in:
+# ``.item()`` is also hidden in these:
 #
 # - ``torch.tensor([a, b])`` of tensors: write ``torch.stack([a, b])``.
 # - ``rates[i]``, a list at a tensor ``i``: write ``torch.tensor(rates)[i]``.
-# - ``range(n)``: a ``for`` over the largest ``n``, with ``torch.where``.
-# - ``f"{x:.2f}"``: format after the call; ``print(x)`` is accepted.
+# - ``range(n)``: write a ``for`` over the largest ``n``, with ``torch.where``.
+# - ``f"{x:.2f}"``: format after the call.
+# - Batch norm with ``momentum=None``: set ``skeleton.momentum = 1 / step`` before each
+#   call.
 #
 # A tensor that all members share (``in_dims=None``) may use ``.item()``.
 #
 # ``Cannot access data pointer of Tensor``
 # ----------------------------------------
 #
-# That is NumPy, or ``.tolist()``. Call NumPy before or after, on all members:
+# If NumPy, or a kernel of your own, has to stand inside, put it into an
+# ``autograd.Function``, whose ``vmap`` gets all members.
 
 
 def reverse(x):  # refused
-    return torch.from_numpy(x.numpy()[::-1].copy())
+    return torch.from_numpy(x.numpy(force=True)[..., ::-1].copy())
 
 
-print(says(reverse, xs))
-check(vmap(lambda x: x.flip(0))(xs), [reverse(x) for x in xs])  # what to write
+class Reverse(Function):  # what to write
+    @staticmethod
+    def forward(x):
+        return reverse(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass  # backward needs no tensor
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.flip(-1)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return Reverse.apply(x.movedim(in_dims[0], 0)), 0  # the result, its out_dims
+
+
+compare(reverse, vmap(Reverse.apply), xs)
 
 # %%
 # ``dynamic shape``
 # -----------------
 #
-# From a mask, ``nonzero``, ``unique`` and ``torch.where`` with one argument. Keep the
-# shape, and give what is not wanted a value without effect:
+# Keep the shape, and give what is unwanted a value without effect:
 
 
 def mean_of_positive(x):  # refused
@@ -217,126 +247,46 @@ def mean_of_positive_where(x):  # what to write
     return torch.where(x > 0, x, torch.nan).nanmean()
 
 
-print(says(mean_of_positive, xs))
-check(vmap(mean_of_positive_where)(xs), [mean_of_positive(x) for x in xs])
+compare(mean_of_positive, vmap(mean_of_positive_where), xs)
 
 # %%
-# - ``x[mask] = 0``: write ``x = torch.where(mask, 0, x)``.
-# - If the result has to differ in size, return ``x`` and ``mask`` and cut afterwards:
+# - For ``x[mask] = 0``, write ``x = torch.where(mask, 0, x)``.
+# - If the result has to differ in size, return ``x`` and ``mask``, and cut afterwards:
 #   ``[x[mask] for x, mask in zip(*vmap(f)(xs))]``.
 #
 # ``inplace arithmetic is not possible``
 # --------------------------------------
 #
-# The tensor was made without ``x``, so there is only one, and four members write into
-# it.
+# All members share ``batch``, so what is made from it exists once, as ``torch.zeros``
+# would:
+
+batch = torch.randn(8, 6, **double)
 
 
-def row_sums(x):  # refused
-    total = torch.zeros(8, **double)
-    for i, row in enumerate(x):
-        total[i] = row.sum()
-    return total
+def scores(w):  # refused
+    result = batch.new_zeros(8)
+    for i, row in enumerate(batch):
+        result[i] = row @ w
+    return result
 
 
-def row_sums_new(x):  # what to write
-    total = x.new_zeros(8)  # made from x, so every member has its own
-    for i, row in enumerate(x):
-        total[i] = row.sum()
-    return total
+def scores_own(w):  # what to write
+    result = w.new_zeros(8)  # made from w, so every member has its own
+    for i, row in enumerate(batch):
+        result[i] = row @ w
+    return result
 
 
-print(says(row_sums, xs))
-check(vmap(row_sums_new)(xs), [row_sums(x) for x in xs])
-
-# %%
-# So do ``index_add_``, ``scatter_`` and ``fill_``. A tensor from outside, such as a
-# counter or a buffer: pass it as an argument with a row for each member, or return the
-# new value.
-#
-# ``randomness error mode``
-# -------------------------
-#
-# From ``nn.Dropout``, too. ``randomness="different"`` draws for each member, ``"same"``
-# once for all. To repeat the numbers of a loop, draw outside:
-
-
-def noisy(x):  # refused without randomness=
-    return x + torch.randn_like(x)
-
-
-print(says(noisy, xs))
-drawn = vmap(noisy, randomness="different")(xs) - xs  # what to write
-print(f"{num_models} members: {len(drawn.unique(dim=0))} draws")
-
-torch.manual_seed(1)
-loop = [noisy(x) for x in xs]
-torch.manual_seed(1)  # what to write to repeat the loop
-noise = torch.stack([torch.randn_like(x) for x in xs])
-check(vmap(torch.add)(xs, noise), loop)
+compare(scores, vmap(scores_own), ws)
 
 # %%
-# ``Batch norm got a batched tensor``
-# -----------------------------------
+# ``torch.zeros_like(w)`` and ``F.pad(batch @ w, (1, 1))`` are accepted, too. Pass a
+# cache or a counter as an argument with a row for each member, or return the new value.
 #
-# One module for all members has one running mean, and ``bn.eval()`` is accepted. To
-# train, give each member its own (``plot_state.py``):
-
-norms = [nn.BatchNorm1d(6, **double) for _ in xs]
-params, buffers = stack_module_state(norms)
-skeleton = nn.BatchNorm1d(6, device="meta")
-
-
-def norm_call(params, buffers, x):
-    return functional_call(skeleton, (params, buffers), (x,), strict=True)
-
-
-print(says(nn.BatchNorm1d(6, **double), xs))  # refused
-one_call = vmap(norm_call)(params, buffers, xs)  # what to write
-check(one_call, [norm(x) for norm, x in zip(norms, xs, strict=True)])
-check(buffers["running_mean"], [norm.running_mean for norm in norms])
-
-# %%
-# ``momentum=None`` reads its count of minibatches by ``.item()``: set
-# ``skeleton.momentum = 1 / step`` before each call instead (tested). If the members are
-# samples and not models, ``track_running_stats=False`` keeps no mean at all.
-#
-# ``Batching rule not implemented``
-# ---------------------------------
-#
-# Leave ``out=`` out. Write an LSTM out: here one layer and one sequence;
-# ``plot_recurrent.py`` has layers, minibatches and the GRU.
-
-lstms = [nn.LSTM(6, 5, **double) for _ in xs]
-params, _ = stack_module_state(lstms)
-
-
-def module_call(params, x):  # refused
-    return functional_call(lstms[0], params, (x,))[0]
-
-
-def lstm(params, x):  # what to write; x: [8, 6], eight time steps
-    w_x, w_h, b_x, b_h = params.values()
-    h = c = x.new_zeros(w_h.shape[1])
-    outputs = []
-    for from_x in x @ w_x.T + b_x:
-        i, f, g, o = (from_x + w_h @ h + b_h).chunk(4)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    return torch.stack(outputs)
-
-
-print(says(module_call, params, xs))
-check(vmap(lstm)(params, xs), [m(x)[0] for m, x in zip(lstms, xs, strict=True)])
-
-# %%
 # ``attempting to call Tensor.requires_grad_()``
 # ----------------------------------------------
 #
 # Gradients inside of ``vmap`` are functions:
-
-ws = torch.randn(num_models, 6, **double)
 
 
 def loss(w, x):
@@ -349,9 +299,7 @@ def gradient(w, x):  # refused
     return w.grad
 
 
-print(says(gradient, ws, xs))
-loop = [gradient(w, x) for w, x in zip(ws, xs, strict=True)]
-check(vmap(grad(loss))(ws, xs), loop)  # what to write
+compare(gradient, vmap(grad(loss)), ws, xs)  # what to write: vmap(grad(loss))
 
 # %%
 # Or leave autograd outside: ``vmap(loss)(ws, xs).sum().backward()``.
@@ -359,8 +307,8 @@ check(vmap(grad(loss))(ws, xs), loop)  # what to write
 # ``override the setup_context staticmethod``
 # -------------------------------------------
 #
-# In the new form of an ``autograd.Function``, ``forward`` has no ``ctx``,
-# ``setup_context`` saves, and ``generate_vmap_rule`` asks for a rule:
+# In the new form, ``forward`` has no ``ctx``, ``setup_context`` saves, and
+# ``generate_vmap_rule`` asks for a rule:
 
 
 class OldSign(Function):  # refused
@@ -387,43 +335,19 @@ class Sign(Function):  # what to write
         ctx.save_for_backward(*inputs)
 
 
-print(says(OldSign.apply, xs))
-leaf = xs.clone().requires_grad_()
-loop = [torch.autograd.grad((OldSign.apply(x) * x).sum(), x)[0] for x in leaf.unbind()]
-check(vmap(grad(lambda x: (Sign.apply(x) * x).sum()))(xs), loop)
+compare(OldSign.apply, vmap(Sign.apply), xs)
 
 # %%
-# Without ``generate_vmap_rule`` the message is "it does not have vmap support".
+# ``There is a performance drop``
+# -------------------------------
 #
-# ``checkpoint`` inside of ``vmap`` fails at once with ``use_reentrant=True``, and with
-# ``False`` at the latest in the backward pass. Put it around ``vmap``, and call
-# ``backward()``: ``checkpoint(vmap(f), xs, use_reentrant=False)``.
-#
-# ``must only return Tensors``
-# ----------------------------
-#
-# For what is one for all, say ``None`` in ``out_dims``:
-
-
-def named(x):  # refused without out_dims=
-    return x.sum(), "loss"
-
-
-sums, name = vmap(named, out_dims=(0, None))(xs)  # what to write
-print(says(named, xs))
-check(sums, [named(x)[0] for x in xs])
-
-# %%
-# ``There is a performance drop``: slow
-# -------------------------------------
-#
-# Where ``vmap`` has no rule but can loop, it runs the operator once for each member and
-# warns. In your tests, make this an error, which names the operator:
+# Where ``vmap`` has no rule but can loop, it warns. In your tests, make this an error,
+# which names the operator:
 
 labels = torch.arange(num_models * 8).reshape(num_models, 8) ** 2 % 5
 
 
-def count(y):  # slow
+def count(y):  # one after the other
     return torch.bincount(y, minlength=5)
 
 
@@ -433,66 +357,32 @@ def count_one_hot(y):  # what to write
 
 with warnings.catch_warnings():
     warnings.filterwarnings("error", message="There is a performance drop")
-    print(says(count, labels))
-check(vmap(count_one_hot)(labels), [count(y) for y in labels])
+    compare(count, vmap(count_one_hot), labels)
 
 # %%
-# ``nn.GRUCell`` warns too, and ``F.scaled_dot_product_attention`` on a CPU
-# (``plot_what_vmap_runs.py``).
+# - ``nn.EmbeddingBag`` loops: write ``F.embedding(tokens, weight).mean(-2)``.
+# - ``nn.GRUCell`` loops (``plot_recurrent.py``), and on a CPU
+#   ``F.scaled_dot_product_attention`` (``plot_what_vmap_runs.py``).
+# - The filter misses a custom operator, whose warning C++ prints (tested), and
+#   ``index_add``, which has none (``plot_silent_mistakes.py``).
 #
-# The mistake: append, count or draw
-# ----------------------------------
-#
-# All that Python does happens once, without a message: a number drawn by Python or
-# NumPy is *one* for all members, an appended tensor also, and of no use after the call.
-# (As silent: four members share four rows, and ``in_dims`` is left out. Each gets one.)
-
-kept = []
-
-
-def member(x):
-    kept.append(x.sum())
-    return torch.tensor(random.random())
-
-
-drawn = vmap(member)(xs)
-print(f"{num_models} members: {len(kept)} append, {len(drawn.unique())} number drawn")
-try:
-    kept[0] + 1
-except RuntimeError as error:
-    print(textwrap.fill(str(error), 88))
-
-# %%
-# Hooks run once as well. Return what you want to keep, and draw with ``torch``:
-
-
-def member_returns(x):  # what to write
-    return torch.rand((), **double), x.sum()
-
-
-drawn, sums = vmap(member_returns, randomness="different")(xs)
-print(f"{num_models} members: {len(drawn.unique())} numbers drawn")
-check(sums, [x.sum() for x in xs])
-
-# %%
 # Remember
 # --------
 #
-# **Your function runs once, on all members.** What needs the value of one member
-# becomes a tensor operation: ``torch.where`` for ``if`` and masks, ``grad`` for
-# ``backward``. Compare with the loop in float64: what happens only once has no message.
+# **Your function runs once, on all members**, so what needs the value of one becomes a
+# tensor operation.
 #
 # Next
 # ----
 #
 # - ``plot_silent_mistakes.py``: what goes wrong without a message.
-# - ``plot_recurrent.py``: an LSTM or a GRU in full, with layers, state and times.
-# - ``plot_from_functorch.py``: older code, and code from JAX.
-# - ``plot_state.py``: batch norm, dropout and tied weights of an ensemble.
+# - ``plot_recurrent.py``: LSTM and GRU.
+# - ``plot_state.py``: batch norm and dropout.
 #
 # References
 # ----------
 #
 # - PyTorch on the `limitations
 #   <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_ of ``vmap``.
-# - LSTM: `pytorch#105982 <https://github.com/pytorch/pytorch/issues/105982>`_.
+# - LSTM: `pytorch#105982 <https://github.com/pytorch/pytorch/issues/105982>`_;
+#   ``while_loop``: `pytorch#175522 <https://github.com/pytorch/pytorch/issues/175522>`_.
