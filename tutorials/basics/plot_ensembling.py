@@ -90,7 +90,7 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # %%
 # Both results are ``[model, image, class]``. Models that you have trained take the
 # place of those in the list ``models``: one class, equal shapes, ``.eval()`` called on
-# each.
+# each (in the call, the skeleton's mode decides).
 #
 # .. code-block:: none
 #
@@ -104,7 +104,8 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 #   tensor, with a row for each model. It does the same with buffers; this network has
 #   none. A later change of ``models[3]`` does not reach ``params``.
 # - ``functional_call`` runs a module with parameters that you hand it, so ``predict``
-#   is *one* model as a function of tensors; ``strict=True`` accepts no missing one.
+#   is *one* model as a function of tensors; ``strict=True`` accepts
+#   none that is missing or unknown.
 # - ``vmap`` maps that function over the models. ``in_dims`` names, for each argument,
 #   the dimension that counts them: 0 by default, ``None`` for what all share.
 #
@@ -114,8 +115,8 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # One large kernel may add numbers in another order than ten small ones, so the last
 # digits in float32 may differ. To tell rounding from a mistake, eight images are
 # computed in float64 as well. We allow 1e-6 (1 + abs(b)) between two logits *a* and *b*
-# on a CPU. Elsewhere one call may be eight times as far off as the loop is from float64
-# (``plot_how_equal.py``).
+# on a CPU. Elsewhere 1e-6 becomes eight times the loop's distance from float64, plus a
+# last digit of the largest logit (``plot_how_equal.py``).
 
 
 def in64(state):
@@ -152,13 +153,13 @@ for case, one_call, loop, tol in [
 # --------------------
 #
 # Convolutions and matrix products cost the same arithmetic (tested). Where the loop
-# calls one of them ten times, ``vmap`` calls it once, as one batched matrix product or
-# one *grouped* convolution, and adds the bias in a call of its own; results are ten
-# times as large. So expect one call
+# calls one of them ten times, ``vmap`` calls it once, as one batched matrix product or,
+# with own inputs, one *grouped* convolution, and adds the bias in a call of its own;
+# results are ten times as large. So expect one call
 #
-# - to win with many models too small to keep the device busy, on a GPU also CNNs;
+# - to win with many models that are each too small to keep the device busy;
 # - to lose with a few small models, because ``vmap`` itself takes time;
-# - to lose with CNNs on a CPU, where large results cost more than the saved calls.
+# - to lose with ten CNNs on a CPU, probably because of the large results.
 #
 # Which is faster here?
 # ---------------------
@@ -267,12 +268,12 @@ fig.set_label(
 # **Where many small models are slower on a CPU that has other work**, the threads of an
 # operator may wait for each other (not measured here): try
 # ``torch.set_num_threads(1)``. **Where it is slower for CNNs**, large results and the
-# added biases are suspects: ``plot_what_vmap_runs.py`` tries them one at a time, and
-# has four lines that keep memory on Linux.
+# added operators are suspects: ``plot_what_vmap_runs.py`` tries them one at a time, and
+# has four lines that make a process on Linux keep its memory.
 #
-# The authors of the original example saw both outcomes with ten CNNs in 2022: a comment
-# in their script says 4.91 ms (loop) and 2.07 ms (one call) on an A100 GPU, the output
-# on their page 5.81 ms and 6.34 ms on a machine that it does not name.
+# The page of the original example, as built in February 2022, shows both outcomes with
+# ten CNNs: a comment says 4.91 ms (loop) and 2.07 ms (one call) on an A100 GPU, the
+# captured output 5.81 ms and 6.34 ms on a machine that it does not name.
 #
 # Combine the ten predictions
 # ---------------------------
@@ -322,12 +323,12 @@ print(
 for other, hits in {"each of the ten": right.mean(dim=0), "the rival": alone}.items():
     gain = 100 * (all_ten - hits)  # [197]
     error = gain.std() / len(gain) ** 0.5
-    print(f"combined against {other}: {gain.mean():+.1f} points (error {error:.1f})")
+    print(f"combined against {other}: {gain.mean():+.2f} points (error {error:.2f})")
 
 # %%
-# The error is the standard error over the digits, for these models. **The mean gains
-# where wrong answers differ.** These ten have hardly learned, so they gain much, and
-# yet one model may learn more from the same number of minibatches: compare with it.
+# The error is the standard error over the digits, for these models. **The mean can gain
+# where wrong answers differ.** These ten have learned little. One model that gets all
+# 240 minibatches may do better than their mean: compare with it.
 # ``plot_more_members.py`` does so for models that are trained well. Where members
 # disagree, the ensemble is unsure: see ``plot_unknown_inputs.py``.
 #
@@ -370,7 +371,8 @@ except ValueError as error:
 # ----------
 #
 # - The original: ``plot_ensembling.py`` in `pytorch/functorch
-#   <https://github.com/pytorch/functorch>`_, 2021, and its page as built in 2022.
+#   <https://github.com/pytorch/functorch>`_, 2021; its page as built in 2022 is
+#   ``nightly/auto_gallery/plot_ensembling.html`` at ``fc0b665b`` of the ``gh-pages``.
 # - B. Lakshminarayanan, A. Pritzel, C. Blundell: Simple and scalable predictive
 #   uncertainty estimation using deep ensembles, `arXiv:1612.01474
 #   <https://arxiv.org/abs/1612.01474>`_, 2017.
