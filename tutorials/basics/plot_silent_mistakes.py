@@ -2,8 +2,8 @@
 Mistakes with vmap that raise no error
 ======================================
 
-Recognize eight mistakes that ``torch.func.vmap`` accepts without a message, each beside
-the line that is right, and keep the one test that notices most of them.
+Recognize mistakes that ``torch.func.vmap`` accepts without a message, each beside the
+line that is right, and keep the one test that notices most of them.
 
 **In short.** ``vmap`` checks sizes, not meaning: what has the right shape is computed.
 Write the loop once, compare one call with it in float64, and look at the shape of the
@@ -22,6 +22,7 @@ import random
 import torch
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.manual_seed(0)
 double = {"device": "cpu", "dtype": torch.float64}
@@ -175,8 +176,9 @@ for name, state in {"[model] * 4": one_model, "four models": params}.items():
     print(f"{name}: standard deviation over the members {spread:.2g}")
 
 # %%
-# **Python draws once.** ``vmap`` runs the function once for all models, so ``random``,
-# NumPy and counters in Python are asked once. Draw with torch:
+# **Python draws once.** ``vmap`` runs the function once for all models, so ``random``
+# and NumPy draw one number for all, and a counter, a hook or ``append`` in it acts
+# once (tested). Draw with torch, and return what you want to keep:
 
 
 def python(x):
@@ -192,13 +194,47 @@ for function in python, with_torch:
     print(f"{function.__name__}: {len(drawn.unique())} numbers for {num_models} models")
 
 # %%
+# A loop that gives no warning
+# ----------------------------
+#
+# Where an operator has no rule for ``vmap``, it runs once for each model and warns, but
+# ``index_add`` does so without a warning if each model has its own indices. The result
+# is right, so only counting its calls shows it:
+
+
+class Record(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        calls.append(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def add_rows(x, i):
+    return x.new_zeros(3, 4).index_add(0, i, x)
+
+
+def add_rows_at_once(x, i):  # what to write
+    return x.new_zeros(3, 4).scatter_add(0, i[:, None].expand(-1, 4), x)
+
+
+calls = []
+places = torch.randint(3, (num_models, 8))
+with Record():
+    looped = vmap(add_rows)(minibatches, places)
+    at_once = vmap(add_rows_at_once)(minibatches, places)
+torch.testing.assert_close(looped, at_once, rtol=0, atol=1e-10)
+for name in "index_add", "scatter_add":
+    print(f"calls of {name} for {num_models} models: {calls.count(name)}")
+
+# %%
 # What to test
 # ------------
 #
 # In a project, keep one test of each function that you map: a loop over three models,
 # in float64 on the CPU, with **sizes that all differ** (three models, five samples,
-# four features). Different sizes turn the first two mistakes into errors (tested). For
-# training, compare gradients, and compare one step of the optimizer.
+# four features). Different sizes turn the first two mistakes into errors, and a rarer
+# one (tested): ``torch.cond`` in two nested calls of ``vmap`` is wrong if one call maps
+# its test, the other its tensor, and both have the same size. Write ``torch.where``.
+# For training, compare gradients, and compare one step of the optimizer.
 #
 # Remember
 # --------
@@ -220,3 +256,4 @@ for function in python, with_torch:
 #
 # - Keyword arguments: `functorch#70 <https://github.com/pytorch/functorch/issues/70>`_,
 #   `pytorch#151558 <https://github.com/pytorch/pytorch/issues/151558>`_.
+# - ``torch.cond``: `pytorch#195323 <https://github.com/pytorch/pytorch/pull/195323>`_.
