@@ -83,8 +83,8 @@ print(f"last batch, one for all: images {list(images.shape)}, {len(losses)} loss
 # %%
 # - ``DataLoader(..., num_workers=4)`` loads batches in four processes. On Windows and
 #   macOS, the script then needs ``if __name__ == "__main__":`` around its work.
-# - With ``pin_memory=True`` in the loader and ``t.to(device, non_blocking=True)``, a
-#   CUDA GPU can compute while it receives the next batch.
+# - With ``pin_memory=True`` in the loader and ``t.to(device, non_blocking=True)``, the
+#   CPU does not wait for the copy to a CUDA GPU.
 # - The members differ by their first weights alone. A random transform in the data set
 #   is the same for all members.
 #
@@ -229,9 +229,10 @@ for name, half in {"weight 1": called[:4], "weight 10": called[4:]}.items():
 
 # %%
 # **The weighted mean of** ``F.cross_entropy`` **divides by the sum of the weights** of
-# the minibatch, not by its size. So ten times all weights is no change, and a minibatch
-# in which all weights are 0 has the loss 0/0, which is NaN. Weights of samples are
-# mapped in the same way. Both, in float64, beside a loop with ten times the weights:
+# the labels in the minibatch, not by their number. So ten times all weights is no
+# change, and a minibatch in which all weights are 0 has the loss 0/0, which is NaN.
+# Weights of samples are mapped in the same way. Both, in float64, beside a loop with
+# ten times the weights:
 
 
 def sample_loss(params, x, y, weight):  # weight: [32], one for each sample
@@ -286,7 +287,7 @@ for dtype, factor in [(torch.float16, 1), (torch.float16, 1e3), (torch.bfloat16,
 #
 # ``losses.tolist()``, ``.item()`` and ``print`` wait until the GPU has computed them.
 # Keep the tensors, and ask for numbers once in an epoch. The data are on the device
-# here, because a copy in each step may wait, too.
+# here, because a copy in each step may wait, too, unless the memory is pinned.
 
 x_here, y_here, log = x.to(device), y.to(device), []
 order = torch.rand(num_models, num_rows, device=device).argsort(dim=1)
