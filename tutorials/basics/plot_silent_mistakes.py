@@ -6,8 +6,8 @@ Recognize mistakes that ``torch.func.vmap`` accepts without a message, each besi
 line that is right, and keep the one test that notices most of them.
 
 **In short.** ``vmap`` checks sizes, not meaning: what has the right shape is computed.
-Write the loop once, compare one call with it in float64, and look at the shape of the
-result. The last section says which of these mistakes that finds, and which it does not.
+Write the loop once, and compare one call with it in float64: that finds the first seven
+of the mistakes below. For the others, look yourself.
 
 For mistakes that stop with a message, see ``plot_what_vmap_refuses.py``.
 """
@@ -83,7 +83,8 @@ compare(mistake, right, (m(batch) for m in models))
 # ---------------------------------------------
 #
 # ``models[0]`` in the function is not the argument, so all rows are computed by model
-# 0. Its gradient with respect to the argument is zero, and nothing learns.
+# 0. With respect to the argument, ``torch.func.grad`` gives zeros, and nothing learns
+# (``torch.autograd.grad`` raises an error).
 
 
 def loss(params, x):
@@ -95,6 +96,7 @@ def closed_over(params, x):
 
 
 mistake = vmap(grad(closed_over))(params, minibatches)["bias"]
+print(f"the largest gradient of the mistake: {mistake.abs().max():.0f}")
 right = vmap(grad(loss))(params, minibatches)["bias"]
 for model, x in zip(models, minibatches, strict=True):
     model(x).square().mean().backward()
@@ -106,7 +108,8 @@ compare(mistake, right, gradients)
 # -------------------------------------------
 #
 # The gradient of each model becomes as many times smaller as there are models, and so
-# does its step of SGD. Adam hides that if it has no weight decay (tested).
+# does its step of SGD. Adam without weight decay hides it, as long as gradients are far
+# above its ``eps`` (tested).
 
 losses = vmap(loss)(params, minibatches)
 mistake = torch.autograd.grad(losses.mean(), params["bias"], retain_graph=True)[0]
@@ -117,8 +120,9 @@ compare(mistake, right, gradients)
 # The skeleton is in the other mode
 # ---------------------------------
 #
-# The mode of ``models`` does not count, that of the skeleton does. Dropout would ask
-# for ``randomness``; batch norm takes the statistics of the batch without a word.
+# The mode of ``models`` does not count, that of the skeleton does. In train mode, batch
+# norm takes the statistics of the batch and overwrites its own; in eval mode, dropout
+# is off: both without a word.
 
 norms = [nn.BatchNorm1d(4, **double).eval() for _ in range(num_models)]
 state = stack_module_state(norms)
@@ -130,7 +134,10 @@ def normalize(params, buffers, x):
     return functional_call(shell, (params, buffers), (x,), strict=True)
 
 
-mistake = vmap(normalize)(*copy.deepcopy(state), minibatches)
+overwritten = copy.deepcopy(state[1])
+mistake = vmap(normalize)(state[0], overwritten, minibatches)
+moved = (overwritten["running_mean"] - state[1]["running_mean"]).abs().max()
+print(f"running means moved by {moved:.2g}")
 shell.eval()
 right = vmap(normalize)(*state, minibatches)
 compare(mistake, right, (m(x) for m, x in zip(norms, minibatches, strict=True)))
@@ -139,14 +146,24 @@ compare(mistake, right, (m(x) for m, x in zip(norms, minibatches, strict=True)))
 # One norm clips all models together
 # ----------------------------------
 #
-# ``clip_grad_norm_`` on the stack takes the norm over all models, so a model with a
-# large gradient makes the steps of all others smaller.
+# ``clip_grad_norm_`` on the stack takes one norm over all models, so a model with a
+# large gradient makes the gradients of all others smaller.
 
-grads = vmap(grad(loss))(params, 100 * minibatches * scales[:, None, None])["weight"]
-norms = grads.flatten(1).norm(dim=1)
-mistake = grads * (1 / grads.norm()).clamp(max=1)
-right = grads * (1 / norms).clamp(max=1)[:, None, None]
-compare(mistake, right, (g * (1 / g.norm()).clamp(max=1) for g in grads))
+large = minibatches * scales[:, None, None]
+grads = vmap(grad(loss))(params, large)
+for name, p in params.items():
+    p.grad = grads[name].clone()
+nn.utils.clip_grad_norm_(params.values(), max_norm=0.1)
+mistake = params["weight"].grad
+
+norms = sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt()  # [4]
+right = grads["weight"] * (0.1 / (norms + 1e-6)).clamp(max=1)[:, None, None]
+
+for model, x in zip(models, large, strict=True):
+    model.zero_grad()
+    model(x).square().mean().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=0.1)
+compare(mistake, right, (model.weight.grad for model in models))
 
 # %%
 # The models change after they were stacked
@@ -163,22 +180,24 @@ right = vmap(predict)(params, minibatches)
 compare(mistake, right, (m(x) for m, x in zip(models, minibatches, strict=True)))
 
 # %%
-# Two that the comparison does not notice
-# ---------------------------------------
+# Two that the comparison cannot decide
+# -------------------------------------
 #
 # **All members are one model.** A list times a number, or a copy of one model, gives
-# members that agree everywhere and teach you nothing about uncertainty. A loop over
-# them agrees as well. Look at the spread of the members:
+# members that agree everywhere until data separate them. A loop over them agrees as
+# well. Look at the spread of the members before you train them:
 
 one_model, _ = stack_module_state([models[0]] * num_models)
-for name, state in {"[model] * 4": one_model, "four models": params}.items():
+four, _ = stack_module_state([nn.Linear(4, 3, **double) for _ in range(num_models)])
+for name, state in {"[model] * 4": one_model, "four models": four}.items():
     spread = vmap(predict, in_dims=(0, None))(state, batch).std(dim=0).mean()
     print(f"{name}: standard deviation over the members {spread:.2g}")
 
 # %%
 # **Python draws once.** ``vmap`` runs the function once for all models, so ``random``
-# and NumPy draw one number for all, and a counter, a hook or ``append`` in it acts
-# once (tested). Draw with torch, and return what you want to keep:
+# and NumPy draw one number for all, and a counter, a hook or ``append`` in it acts once
+# (tested). Draw with torch and ``randomness="different"``, and return what you want to
+# keep. (With ``chunk_size``, all this happens once for each chunk.)
 
 
 def python(x):
@@ -239,10 +258,9 @@ for name in "index_add", "scatter_add":
 # Remember
 # --------
 #
-# A right shape proves nothing where sizes coincide. The comparison with a loop notices
-# what the loop does otherwise, so write the loop with the models themselves, not with
-# the function that you map. Members that are one model, and numbers that Python draws,
-# you have to look for.
+# A right shape proves nothing where sizes coincide. Write the loop with the models
+# themselves, not with the function that you map. Members that are one model, and
+# numbers that Python draws, you have to look for.
 #
 # Next
 # ----
