@@ -8,8 +8,8 @@ with the same numbers, and with a list of what changes without an error.
 **In short.** ``stack_module_state`` replaces ``combine_state_for_ensemble``,
 ``functional_call`` replaces ``make_functional_with_buffers``, and the transforms keep
 their arguments. No error tells you that the mode (train or eval) is now that of the
-skeleton, and that other tensors require gradients or are copies. From JAX? See *From
-JAX, Flax and Equinox*: names, then random numbers, state and compilation.
+skeleton, and that other tensors require gradients or are copies. For code from JAX, see
+*From JAX, Flax and Equinox*: names, then random numbers, state and compilation.
 
 Before you start, read ``plot_ensembling.py``: it explains the new functions.
 """
@@ -119,9 +119,9 @@ for way, found in {"torch.func": logits, "functorch": old_logits}.items():
 # --------------------------------
 #
 # For one model there is nothing to stack: ``functional_call`` runs the model itself,
-# with the tensors that you pass. (``make_functional`` is the same without buffers. If
-# your code calls ``backward()``, it did not say ``True``, which is
-# ``disable_autograd_tracking``: then append ``.requires_grad_()`` to ``clone()``.)
+# with the tensors that you pass. (``make_functional`` is the same without buffers. The
+# ``True`` in the old line is ``disable_autograd_tracking``. Code that calls
+# ``backward()`` does not pass it: append ``.requires_grad_()`` to ``clone()``.)
 
 model = models[0]
 y = torch.arange(32) % 3  # a class for each row
@@ -187,7 +187,7 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 #   **starts in train mode**, even if your models are in eval mode.
 # - **A tensor that the stack lacks.** The old ``fmodel`` failed. ``functional_call``
 #   uses the one of the skeleton, which on ``meta`` has no values: the result may be
-#   whatever stands in memory. **With** ``strict=True`` **it fails.** So it happens to
+#   whatever stands in memory. **With** ``strict=True`` **it fails.** This happens with
 #   tied weights if you copy a model to ``meta``, as PyTorch's guide does: the copy
 #   loses the tie. A skeleton built there keeps it (``plot_state.py``).
 # - **Gradients.** ``combine_state_for_ensemble`` detached the stack, and training
@@ -195,8 +195,8 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 #   so a prediction without ``torch.no_grad()`` now records a graph, which costs memory.
 # - **Copies.** ``make_functional`` copied the model; ``named_parameters()``, which
 #   PyTorch's guide uses, does not. An update in place reaches the model, and in train
-#   mode so do running statistics. Hence ``clone()`` above. (A stack is still a copy.)
-#
+#   mode so do running statistics, unless you call ``clone()`` as above. A stack is
+#   still a copy.
 # - **An argument that is a tuple.** ``functional_call(model, params, pair)`` takes it
 #   for two arguments. Write ``(pair,)``.
 #
@@ -212,13 +212,19 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 #
 #     JAX                                  PyTorch
 #     jax.vmap(f, in_axes=(0, None))       vmap(f, in_dims=(0, None))
+#     jax.vmap(f, out_axes=1)              vmap(f, out_dims=1)
 #     jax.lax.map(f, x, batch_size=8)      vmap(f, chunk_size=8)(x)
 #     jax.grad, vjp, jvp, jacrev, jacfwd   torch.func: the same names
 #     jax.value_and_grad: value first      grad_and_value: gradients first
 #     jax.lax.stop_gradient(x)             x.detach()
+#     jax.vmap(jax.checkpoint(f))(x)       checkpoint(vmap(f), x, use_reentrant=False)
+#     jax.lax.cond(test, f, g, x)          torch.where(test, f(x), g(x))
+#     jax.lax.scan(f, carry, xs)           for x in xs: carry, y = f(carry, x)
 #     jax.jit(f)                           torch.compile(f)
 #     jax.random.split(key, n)             vmap(f, randomness="different")
 #     jax.tree.map(f, params)              {k: f(p) for k, p in params.items()}
+#     optax.adam(1e-3)                     torch.optim.Adam(params.values(), lr=1e-3)
+#     optax.clip_by_global_norm(1.0)       clip_each(params.values(), 1.0): see below
 #
 #     Flax, Equinox
 #     module.apply(variables, x)           functional_call(skeleton, state, (x,))
@@ -229,14 +235,14 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 #     in_axes=eqx.if_array(0)              in_dims=0
 #     in_axes of a pytree                  in_dims=({"fc1.weight": 0, ...}, 0, None)
 #
-# One pair of results changes places:
+# ``clip_each`` stands in ``plot_recipes.py``. One pair of results changes places:
 
 value_last = grad_and_value(loss)(params, buffers, x[0], y)
 print("grad_and_value returns", [type(part).__name__ for part in value_last])
 
 # %%
-# Three more differences fit in no table. (What we say of JAX was run apart from this
-# page, with JAX 0.10, Flax 0.12 and Equinox 0.13.)
+# Three more differences fit in no table. (What this page says of JAX was run apart from
+# it, with JAX 0.10, Optax 0.2, Flax 0.12 and Equinox 0.13.)
 #
 # From JAX: random numbers have no keys
 # -------------------------------------

@@ -2,8 +2,9 @@
 Recipes for an ensemble
 =======================
 
-Look up the lines for what you do with many models in one ``torch.func.vmap`` call:
-give each its own data or learning rate, freeze, clip, save, load, split, compile.
+Look up the lines to train, clip, freeze, save, load, split, compile or run in half
+precision many models in one ``torch.func.vmap`` call, each with its own data, dropout
+and learning rate.
 
 **In short.** One set-up stacks ten models and defines ``predict`` and ``member_loss``,
 which run one of them. Every recipe needs this set-up and nothing else: put your own
@@ -72,7 +73,7 @@ labels = torch.randint(5, (num_models, 16), device=device)
 # ----------------------------------
 #
 # Draw rows of your data set for each member. The last lines run member 1 alone, without
-# ``vmap``: a check to keep in your project. (``plot_ensembling.py``)
+# ``vmap``, which is a check to keep in your project. (``plot_ensembling.py``)
 
 data = minibatches.flatten(0, 1)  # [160, 20], stands for your data set
 rows = torch.randint(len(data), (num_models, 16), device=device)
@@ -137,7 +138,7 @@ print(f"{len(masks.unique(dim=0))} masks for {num_models} members")
 # A learning rate for each member
 # -------------------------------
 #
-# Step with ``lr=1``, then scale each member's change. Right for SGD, Adam and AdamW.
+# Step with ``lr=1``, then scale each member's change, for SGD, Adam and AdamW.
 # (``plot_hyperparameter_sweep.py`` gives each member a weight decay, too.)
 
 rates = torch.logspace(-4, -1, num_models, device=device)
@@ -159,7 +160,7 @@ print(f"{num_models} members moved, each by its own rate")
 # Clip the gradient of each model
 # -------------------------------
 #
-# Between ``backward`` and ``step``, for the tensors that you train.
+# Call ``clip_each`` between ``backward`` and ``step``, with the tensors that you train.
 # ``nn.utils.clip_grad_norm_`` would take one norm over all members.
 # (``plot_training.py``)
 
@@ -204,7 +205,7 @@ for p in params.values():
 # Freeze the backbone and train the heads
 # ---------------------------------------
 #
-# One backbone for all members, here that of member 0, stands for a pretrained one. If
+# All members share one backbone, here that of member 0 in place of a pretrained one. If
 # they also share the minibatch, it runs once for all (tested). (``plot_state.py``)
 
 shared = {name: p[0].detach() for name, p in params.items() if "body." in name}
@@ -241,8 +242,8 @@ print("the module says what member 3 says")
 # Save the ensemble and load it
 # -----------------------------
 #
-# The folder is temporary here; yours will stay. What is loaded are new tensors, so make
-# the optimizer after it, and load its state too. (``plot_saving.py``)
+# The folder is temporary here; yours will stay. Loading makes new tensors, so make the
+# optimizer afterwards, and load its state too. (``plot_saving.py``)
 
 with tempfile.TemporaryDirectory() as folder:
     path = f"{folder}/ensemble.pt"
@@ -292,9 +293,9 @@ print(f"stacked: {len(params['head.bias'].unique(dim=0))} different members")
 # Split a batch that does not fit
 # -------------------------------
 #
-# By members, or in eval mode by rows. Without ``no_grad``, autograd keeps the
-# intermediate results of all parts, and splitting saves little. (``plot_memory.py``
-# splits a training step, too.)
+# Split the members by ``chunk_size``, or, in eval mode, the rows. Without ``no_grad``,
+# autograd keeps the intermediate results of all parts, and splitting saves little.
+# (``plot_memory.py`` splits a training step, too.)
 
 with torch.no_grad():
     by_member = vmap(predict, chunk_size=2)(params, buffers, minibatches)
@@ -328,7 +329,7 @@ with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # torch's own
 #
 # Convert once to store half as much. To train, keep float32 weights and compute under
 # ``autocast``: there a member alone may return bfloat16 where one call returns float32
-# (pytorch#192617); ``.float()`` makes both the same. (``plot_how_equal.py``)
+# (pytorch#192617); ``.float()`` makes both float32. (``plot_how_equal.py``)
 
 half = [
     {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
@@ -346,7 +347,7 @@ for way, logits in {"converted": converted, "autocast": mixed}.items():
 # Members of different architectures
 # ----------------------------------
 #
-# One stack and one call for each kind; the results come together. Whether this beats a
+# Make one stack and one call for each kind, and join the results. Whether this beats a
 # loop depends on how many members a kind has. (``plot_when_vmap_pays.py``)
 
 
@@ -370,7 +371,8 @@ print(f"{len(kinds)} kinds: off the loop by {(logits - loop).abs().max():.0e}")
 # --------------------------
 #
 # Give each device its rows (once, if you call often) and a call. A GPU's call returns
-# before it is done, so all work at once. (``plot_many_devices.py``, with processes)
+# before it is done, so several can work side by side; this page does not time that. One
+# Python thread makes all calls; ``plot_many_devices.py`` has a process for each device.
 
 devices = [device]  # or [torch.device("cuda", i) for i in range(number_of_gpus)]
 shares = torch.arange(num_models, device=device).tensor_split(len(devices))
@@ -405,8 +407,8 @@ for when in "older", "newer":
 # Remember
 # --------
 #
-# A row of every stacked tensor is a member. ``in_dims`` says what all share, and the
-# skeleton's mode is everybody's. Make the optimizer after the stack.
+# A row of every stacked tensor is a member. ``in_dims`` names what all share, and the
+# skeleton's mode is that of all members. Make the optimizer after the stack.
 #
 # Next
 # ----
