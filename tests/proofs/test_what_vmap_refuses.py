@@ -62,7 +62,7 @@ ENCODERS, encode, MODELS = stacked(encoder)
 IMAGES, PADDING = zeros(4, 5, 1, 8, 8), (torch.arange(8) > 4).expand(4, 3, 8)
 PX = ENCODERS, torch.randn(4, 3, 8, 6).double()
 STEP = lambda x: x.max() > 1, lambda x: (x / 2,)
-KEPT, LEAF = [], TABLES.clone().requires_grad_()
+KEPT, RUNS, LEAF = [], [], TABLES.clone().requires_grad_()
 NoRule = type("NoRule", (Sign,), {"generate_vmap_rule": False})
 Data, Named = make_dataclass("Data", ["x"]), namedtuple("Named", ["x"])
 embed = partial(F.embedding, sparse=True)
@@ -70,6 +70,25 @@ draw, stack = partial(vmap, randomness="different"), stack_module_state
 inside = partial(checkpoint, use_reentrant=False)
 slope, solve, f = torch.autograd.grad, solve_ivp, torch.tanh
 cond, while_loop = torch.cond, torch.while_loop
+
+
+@torch.library.custom_op("refuses::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    RUNS.append(x.shape)
+    return 2 * x
+
+
+class Twice(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(twice)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
 
 
 def asserts(x):
@@ -157,6 +176,7 @@ to be equal size = vmap(lambda x: torch.argwhere(x > 1))(XS)
 to be equal size = vmap(lambda x: (x[0] ** 4).int().bincount())(XS)
 of the same class = stack([weight_norm(nn.Linear(6, 2)) for _ in XS])
 override the setup_context = vmap(lambda x: checkpoint(f, x, use_reentrant=True))(XS)
+override the setup_context = vmap(grad(lambda x: twice(x).sum()))(XS)
 t() expects a tensor = vmap(call, in_dims=(None, 0))(STACK, XS)
 expected stride = vmap(conv_call, in_dims=(None, 0))(CONVS, IMAGES)
 """
@@ -224,6 +244,7 @@ F.one_hot(i, 10).sum(0) = torch.bincount(i, minlength=10)
 grad(finite)(y) = torch.where(y > 0, 0.5 / y.abs().sqrt(), 0)
 grad(times(Sign.apply))(y) = of_gradient(times(OldSign.apply), y)
 grad(times(Reverse.apply))(y) = 2 * y.flip(-1)
+grad(times(Twice.apply))(y) = 4 * y
 """
 
 
@@ -337,13 +358,7 @@ def test_checkpoints_stand_around_vmap():
 
 
 def test_the_filter_misses_the_loop_of_a_custom_operator():
-    runs = []
-
-    @torch.library.custom_op("refuses::twice", mutates_args=())
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        runs.append(x.shape)
-        return 2 * x
-
+    RUNS.clear()
     with warnings.catch_warnings(action="error"):
         vmap(twice)(XS)
-    assert len(runs) == len(XS)
+    assert len(RUNS) == len(XS)

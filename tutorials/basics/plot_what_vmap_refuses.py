@@ -52,7 +52,7 @@ def compare(refused, accepted, *inputs):
 # What you see, what to write, and why
 # ------------------------------------
 #
-# Each message was provoked, and what to write was tested.
+# All messages, and what to write, are tested.
 #
 # **About in_dim, sizes, outputs**
 #
@@ -106,7 +106,7 @@ def compare(refused, accepted, *inputs):
 #   ``aten::equal``, write ``(a == b).all()``. Delete ``out=``.
 # - ``aten::_nested_tensor_from_mask``, ``derivative for
 #   aten::_transformer_encoder_layer_fwd``: in eval mode, ``nn.TransformerEncoder``
-#   takes a fast path, which has no gradient. Call
+#   takes a fast path without gradient or rule. Call
 #   ``torch.backends.mha.set_fastpath_enabled(False)``.
 # - ``expand is unsupported for Sparse``, ``Sparse CSR tensors do not have``: ``A @ x``
 #   with a sparse ``A``. Make the members columns, without ``vmap``:
@@ -121,7 +121,8 @@ def compare(refused, accepted, *inputs):
 #   not require grad and does not have``: gradients are functions here. Write
 #   ``vmap(grad(loss))``.
 # - ``override the setup_context staticmethod``: an ``autograd.Function`` has the old
-#   form, or a model calls ``checkpoint`` with ``use_reentrant=True``.
+#   form, or a model calls ``checkpoint`` with ``use_reentrant=True``. If ``grad`` meets
+#   a custom operator, put a ``Function`` around it.
 # - ``does not have vmap support``: the ``Function`` needs a rule. Set
 #   ``generate_vmap_rule = True`` if it calls only PyTorch, else write a ``vmap`` as in
 #   ``Reverse`` below.
@@ -199,7 +200,7 @@ compare(scale, vmap(scale_tensor), xs)
 # - Batch norm with ``momentum=None``: set ``skeleton.momentum = 1 / step`` before each
 #   call.
 #
-# A tensor that all members share (``in_dims=None``) may use ``.item()``.
+# A tensor that all share (``in_dims=None``) may use ``.item()``.
 #
 # ``Cannot access data pointer of Tensor``
 # ----------------------------------------
@@ -377,7 +378,6 @@ with warnings.catch_warnings():
 #
 # - ``plot_silent_mistakes.py``: what goes wrong without a message.
 # - ``plot_recurrent.py``: LSTM and GRU.
-# - ``plot_state.py``: batch norm and dropout.
 #
 # References
 # ----------
