@@ -8,8 +8,8 @@ gradient.
 
 **In short.** Compute the gradients of all members in one call of ``vmap``, give the
 stacked parameters to one ``Adam(..., fused=True)``, and for a long training compile the
-function that computes the gradients. Compiling costs seconds once: the run below says
-what each change gains, and whether and when those seconds are earned back.
+function that computes the gradients. Compiling costs seconds for each shape: the run
+below says what each change gains, and whether and when those seconds are earned back.
 
 Before you start, read ``plot_training.py``: it explains the loop that is made faster.
 """
@@ -117,8 +117,8 @@ print(f"{verdict} on this device: step {p.tolist()}, gradient {p.grad.tolist()}"
 # It is Adam
 # ----------
 #
-# The rival is the loop that people write, where each member has a backward pass and an
-# Adam of its own.
+# The reference is the loop that people write, where each member has a backward pass and
+# an Adam of its own.
 
 
 def loop_step(models, optimizers, x, y):
@@ -134,7 +134,7 @@ def loop_step(models, optimizers, x, y):
 
 # %%
 # The check to keep compares the losses of twenty steps in float64 on the CPU, where
-# rounding is far below any mistake. The largest distance is printed.
+# rounding is far below 1e-10. The largest distance is printed.
 
 few = [copy.deepcopy(model).cpu().double() for model in models[:5]]
 data = x[:5].cpu().double(), y[:5].cpu()
@@ -153,10 +153,11 @@ print(f"losses of 20 steps: at most {max(off):.0e} apart in float64")
 #
 # The loop calls each operator once for each member. One backward pass and one optimizer
 # are started once, in place of once for each member. A fused Adam is one operator for
-# all parameters, and ``vmap`` calls each operator of a layer once for all members (both
-# tested). A compiler can join biases, activations and losses into fewer passes over
-# memory, but the matrix products remain. So each change should gain while members are
-# so small that starting a call takes longer than its work.
+# all parameters, an unfused one on a CPU several for each, and ``vmap`` calls each
+# operator of a layer once for all members (tested). A compiler can join biases,
+# activations and losses into fewer passes over memory, but the matrix products remain.
+# So each change should gain while members are so small that starting a call takes
+# longer than its work.
 #
 # Which form is fastest here?
 # ---------------------------
@@ -198,17 +199,17 @@ def said(gain, low, high):
 
 
 # %%
-# Each form starts from the same members and trains five steps, after which its losses
-# have to lie within 1e-3 of those of the loop. Then it takes turns with the form that
-# it changes; a turn consists of whole training steps. The time printed for the other
-# form is the median of at least seven turns, and the time of the form is that median
-# divided by the gain. A form can take another time beside another form: read each gain
-# by itself, and do not multiply gains.
+# Each form starts from the same members; its losses in the fifth step have to lie
+# within 1e-3 of those of the loop. Then it takes turns with the forms that are named; a
+# turn consists of whole training steps. The time of the other form is the median of at
+# least seven turns, and the time of the form is that median divided by the gain. A form
+# can take another time beside another form: read each gain by itself, and do not
+# multiply gains.
 
 ways, losses, gains = {}, {}, {}
 
 
-def step(name, way, *others):
+def step(name, way, *others, seconds=0.5):
     """Check that a form trains as the loop does; compare its time with others."""
     if "compiled" in name and not compiler:
         return
@@ -216,7 +217,7 @@ def step(name, way, *others):
     off = (losses[name] - losses["loop"]).abs().max()
     assert off < 1e-3, f"{name} is another training: losses {off:.0e} apart"
     for other in others:
-        (was, *_), (now, *gain) = in_turns(ways[other], way, seconds=0.5)
+        (was, *_), (now, *gain) = in_turns(ways[other], way, seconds=seconds)
         gains[name, other] = was, *gain
         times = f"{name} ({now * 1e3:.3g} ms) beside {other} ({was * 1e3:.3g} ms)"
         print(f"{times}: {said(*gain)}")
@@ -257,9 +258,9 @@ step("fused Adam", loop(better_loop_step, fused=True), "one Adam")
 # Step 4: vmap in place of the loop
 # ---------------------------------
 #
-# This is the step to copy, not compiled. The same gradients written by hand show what
-# ``vmap`` costs: it adds the bias after the product, and takes the loss apart into
-# small operators (tested).
+# This is the step to copy, not compiled: first with the fused Adam, then with one that
+# is not fused. The same gradients are written by hand below, where they are copied into
+# order: ``vmap`` adds the bias after the product, and takes the loss apart (tested).
 
 
 def gradient_by_hand(params, x, y):
@@ -280,7 +281,8 @@ def one_call(gradient, prepare=lambda update: update, fused=True):
     return partial(train_step, gradient, params, update, x, y)
 
 
-step("vmap", one_call(gradient), "fused Adam")
+step("vmap", one_call(gradient), "fused Adam", seconds=1.5)
+step("vmap, Adam not fused", one_call(gradient, fused=False), "vmap")
 step("by hand", one_call(gradient_by_hand), "vmap")
 
 # %%
@@ -306,17 +308,18 @@ adam = torch.optim.Adam(nn.ModuleList(members).parameters(), fused=True)
 members = [dict(model.named_parameters()) for model in members]
 way = partial(compiled_loop_step, members, adam.step, x, y)
 step("compiled loop", way, "fused Adam")
-step("compiled gradient", one_call(compiled_gradient), "vmap", "compiled loop", "loop")
+others = "vmap", "compiled loop", "loop"
+step("compiled gradient", one_call(compiled_gradient), *others, seconds=1.5)
 
 # %%
 # Step 6: compile Adam, too
 # -------------------------
 #
-# A matrix product writes the gradient of the weights to memory before Adam reads it,
-# compiled or not. So a compiled Adam should add nothing to a fused one. PyTorch breaks
-# the graph of a compiled ``train_step`` at the optimizer (tested). One graph for both
-# needs an Adam that is written out, as in ``plot_hyperparameter_sweep.py``, without
-# schedulers and ``state_dict``.
+# Compiled apart from the gradient, Adam still reads it from memory, as a fused Adam
+# does in one operator. So compiling Adam should add little. PyTorch breaks the graph of
+# a compiled ``train_step`` at the optimizer (tested). An Adam that is written out, as
+# in ``plot_hyperparameter_sweep.py``, can be in one graph with the gradient, without
+# ``torch.optim``'s schedulers and ``state_dict``.
 
 way = one_call(compiled_gradient, torch.compile, fused=False)
 step("compiled Adam", way, "compiled gradient")
@@ -345,13 +348,12 @@ fig.set_label(
 )
 
 # %%
-# **Keep what gains; where no difference was seen, keep what is simpler.** A wide
-# interval can hide a gain or a loss: repeat the run on a quiet machine. Where a narrow
-# one shows no gain that should happen, or a compiled Adam is faster or slower than a
-# fused one, the reason given above is not the whole one on this machine. If the form by
-# hand is faster, the reason is probably that it calls fewer operators (their number is
-# tested). If the compiled loop gains nothing, the reason is probably that every call of
-# a compiled function first checks what it is given.
+# **Keep what gains; where a narrow interval shows no difference, keep what is
+# simpler.** After a wide one, repeat the run on a quiet machine. Where a narrow one
+# contradicts what should happen, the reason given above is not the whole one on this
+# machine. If the form by hand is faster, the reason is probably that it calls fewer
+# operators (their number is tested). If the compiled loop gains nothing, the reason is
+# probably that every call of a compiled function first checks what it is given.
 #
 # The mistake: to compile a short training
 # ----------------------------------------
@@ -377,9 +379,9 @@ if compiler:
 # Remember
 # --------
 #
-# Compare with a loop that has one optimizer and one backward pass, compiled if the
-# other side is. Give the stack to a fused optimizer, and for a long training compile
-# the gradient of all members. Check the step in float64 against ``torch.optim``.
+# Compare with a loop that has one optimizer, and compile both sides or neither. Give
+# the stack to a fused optimizer, and for a long training compile the gradient of all
+# members. Check the step in float64 against ``torch.optim``.
 #
 # Next
 # ----
