@@ -177,7 +177,7 @@ compare(turn, vmap(turn_where), xs)
 # ``calling .item() on a Tensor``
 # -------------------------------
 #
-# What differs from member to member must stay a tensor:
+# What differs between members must stay a tensor:
 
 
 def scale(x):  # refused; so is float(x.max())
