@@ -14,12 +14,30 @@ logger = logging.getLogger(__name__)
 # Headings that have another name now: page -> {old id: id of the heading that answers
 # it now, on this page}. Where another page does, "next", which links to it.
 MOVED = {
+    "auto_tutorials/basics/plot_what_vmap_refuses": {
+        **dict.fromkeys(
+            [
+                "how-to-read-the-cases",
+                "got-in-dim-0-for-an-input",
+                "randomness-error-mode",
+                "batch-norm-got-a-batched-tensor",
+                "batching-rule-not-implemented",
+                "must-only-return-tensors",
+            ],
+            "what-you-see-what-to-write-and-why",
+        ),
+        "there-is-a-performance-drop-slow": "there-is-a-performance-drop",
+        "the-mistake-append-count-or-draw": "remember",
+    },
     "auto_tutorials/speed/plot_fastest_ensemble": {
         "two-side-steps-on-step-2-threads-or-a-cuda-graph": (
             "side-steps-that-need-an-nvidia-gpu"
         ),
         "step-5-on-steps-2-to-4-fewer-bits": "step-5-on-steps-3-and-4-fewer-bits",
         "ask-for-the-layout-inside-vmap": "step-2-on-step-0-channels-last",
+    },
+    "auto_tutorials/speed/plot_fastest_mlp": {
+        "the-fastest-way-to-run-many-mlps": "faster-ways-to-run-many-mlps",
     },
     "auto_tutorials/speed/plot_memory": {
         "split-the-gradients": "the-mistake-autograd-records-outside-of-vmap",
