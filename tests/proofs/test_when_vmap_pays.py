@@ -30,6 +30,12 @@ def test_stacking_in_the_call_changes_no_bit():
     assert torch.equal(inside, outside)
 
 
+def test_a_backward_pass_never_reaches_models_that_are_stacked_in_the_call():
+    models, minibatches, predict = make(5, 3)
+    vmap(predict)(*stack_module_state(models), minibatches).sum().backward()
+    assert all(p.grad is None for model in models for p in model.parameters())
+
+
 class Count(TorchDispatchMode):
     """Counts the operators that reach the backends."""
 
@@ -40,24 +46,33 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def counts_of(step, optimizer, losses):
+    """Operators of the forward pass, of the backward pass and of the optimizer."""
+    with Count() as whole:
+        step(optimizer, losses)
+    with Count() as clear:
+        optimizer.zero_grad()
+    with Count() as forward:
+        outputs = losses()
+    with Count() as backward:
+        outputs.sum().backward()
+    with Count() as update:
+        optimizer.step()
+    counts = [forward.total, backward.total, clear.total + update.total]
+    assert whole.total == sum(counts)
+    return counts
+
+
 def test_most_operators_that_vmap_adds_are_in_the_forward_pass():
     # Which is why training should pay from no more models than prediction.
-    models, minibatches, predict = make(num_models=1, batch=3)
-    params, buffers = stack_module_state(models)
-    predictions = [
-        (lambda: models[0](minibatches[0]), models[0].parameters()),
-        (lambda: vmap(predict)(params, buffers, minibatches), params.values()),
-    ]
-    counts = []
-    for forward, parameters in predictions:
-        optimizer = torch.optim.SGD(parameters, lr=1e-3)
-        with Count() as first:
-            loss = forward().square().mean()
-        with Count() as second:
-            loss.backward()
-        with Count() as third:
-            optimizer.step()
-        counts.append([first.total, second.total, third.total])
-    forward, backward, step = (b - a for a, b in zip(*counts, strict=True))
+    seen = []
+    wanted = ["compare_training", "step"]
+    given = {"device": torch.device("cpu"), "in_turns": lambda *ways, **_: ways}
+    page = names_of("speed/plot_when_vmap_pays", *wanted, **given)
+    ways = page["compare_training"](mlp, 1, 3, [16])  # as the page builds them
+    step, page["step"] = page["step"], lambda *args: seen.append(counts_of(step, *args))
+    for way in ways:
+        way()
+    forward, backward, update = (b - a for a, b in zip(*seen, strict=True))
     assert forward > backward >= 0
-    assert step == 0
+    assert update == 0

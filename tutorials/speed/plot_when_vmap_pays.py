@@ -7,7 +7,7 @@ Find out in a minute, for your own models and on your own machine, whether one c
 
 **In short.** A loop pays the overhead of its operators once for each model; one call
 pays an overhead of its own once, and that one is larger. **Many small models have most
-to gain, one model alone loses**, and where each model keeps the machine busy there is
+to gain, one small model loses**, and where each model keeps the machine busy there is
 little to save.
 
 To know before: how many models become one call, in ``plot_ensembling.py``.
@@ -18,6 +18,7 @@ To know before: how many models become one call, in ``plot_ensembling.py``.
 # ------
 
 import math
+import statistics
 
 import matplotlib.pyplot as plt
 import torch
@@ -43,11 +44,11 @@ def mlp():
 # Measure it for your own models
 # ------------------------------
 #
-# Copy the cell above and two cells. Put your number of models, batch size and shape of
-# one input into the first line, and your network in place of ``mlp`` in the second
-# cell. It takes one tensor and returns one. Each model has its own minibatch.
+# Copy the cell above and the next two. Put your network, number of models, batch size
+# and shape of one input into the first line. The network takes one tensor and returns
+# one. Each model has its own minibatch.
 
-num_models, batch, shape = 100, 32, [16]
+build, num_models, batch, shape = mlp, 100, 32, [16]
 
 
 def compare(build, num_models, batch, shape, seconds=1.0):
@@ -105,7 +106,7 @@ def said(gain, low, high):
     return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
-(loop, *_), (call, *gain) = compare(mlp, num_models, batch, shape)
+(loop, *_), (call, *gain) = compare(build, num_models, batch, shape)
 print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 
 # %%
@@ -113,14 +114,14 @@ print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 # and no compiler. A faster loop or a compiled call can move every number of this page:
 # ``plot_fastest_mlp.py`` measures them.
 #
-# All of this page is IEEE float32 on the device named above. Three calls of each way
-# warm up, seven or more turns follow. A gain is the median ratio of the turns, brackets
-# hold its interval (a sign test; of twenty intervals one may miss), and the call's time
-# is the loop's median over the gain.
+# All of this page is IEEE float32. Three calls of each way warm up, seven or more turns
+# follow. A gain is the median ratio of the turns, brackets hold its interval (a sign
+# test; of twenty intervals one may miss), and the call's time is the loop's median over
+# the gain.
 #
-# **If no difference is seen**, give more ``seconds`` or a quieter machine. On a CPU
-# that has other work to do, also try ``torch.set_num_threads(1)``: the threads of an
-# operator wait for each other, so one busy core may delay them all (not measured here).
+# **If no difference is seen** and the interval is wide, the run decides nothing: give
+# more ``seconds`` or a quieter machine. On a CPU that has other work to do, also try
+# ``torch.set_num_threads(1)`` (not measured here).
 # **If vmap is slower**, or gains little, look among the three reasons below.
 #
 # Why one call can win: it pays the overhead once
@@ -137,8 +138,8 @@ print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 # - One call pays from :math:`N = (c - a) / (b - d)` models on.
 # - Its gain approaches :math:`b / d` as :math:`N` grows.
 #
-# If :math:`b < d`, more models do not help. Below, the run tests how straight the lines
-# are.
+# If :math:`b < d` and :math:`a < c`, no number of models makes it pay. Below, the run
+# tests the gains that the rule predicts.
 #
 # How many models before it pays, forward and in training
 # --------------------------------------------------------
@@ -178,8 +179,8 @@ def compare_training(build, num_models, batch, shape, seconds=1.0):
         return vmap(loss)(params, buffers, minibatches)
 
     every = [p for model in models for p in model.parameters()]
-    one = torch.optim.SGD(every, lr=1e-3, foreach=True)
-    stacked = torch.optim.SGD(params.values(), lr=1e-3, foreach=True)
+    one = torch.optim.SGD(every, lr=0.1, foreach=True)
+    stacked = torch.optim.SGD(params.values(), lr=0.1, foreach=True)
     ways = [lambda: step(one, loop), lambda: step(stacked, one_call)]
     _ = [way() for way in ways]
     alone, _ = stack_module_state(models)
@@ -189,12 +190,13 @@ def compare_training(build, num_models, batch, shape, seconds=1.0):
 
 # %%
 # Two sizes fix the four numbers of the rule: one model, and a quarter of the largest
-# number. They and the largest get the most seconds. An accelerator gets more models and
-# larger minibatches.
+# number. Where :math:`a < 0`, or where an interval at one of them is wide (its ends
+# differ by a factor above 1.5), the run refuses the rule. An accelerator gets more
+# models and larger minibatches.
 
 most, large = (256, 512) if device.type == "cpu" else (512, 4096)
 two = [1, most // 4]
-seconds = {1: 0.5, 2: 0.25, 4: 0.25, 8: 0.25, 16: 0.25, two[1]: 0.5, most: 0.8}
+seconds = {1: 0.5, 2: 0.25, 4: 0.25, 8: 0.25, 16: 0.25, two[1]: 0.5, most: 0.5}
 
 
 def straight(curve):
@@ -208,22 +210,23 @@ def straight(curve):
 def pays_from(curve):
     """The number of models from which on vmap is faster wherever it was measured."""
     slow = [n for n, (_, (_, _, low, _)) in curve.items() if low <= 1.02]
-    return next((n for n in curve if n > max(slow, default=0)), "not seen")
+    return next((n for n in curve if n > max(slow, default=0)), "no size")
 
 
 def report(task, curve):
     (a, b), (c, d) = straight(curve)
     pays = max(1, (c - a) / (b - d)) if b > d else math.inf
     rule = f"{pays:.2g}" if pays <= most else f"none up to {most}"
-    print(f"{task}: vmap faster from: {pays_from(curve)}, by the rule: {rule}")
+    wide = any(high > 1.5 * low for *_, low, high in (curve[n][1] for n in two))
+    rule = "refused, wide" if wide else "refused, a < 0" if a < 0 else rule
+    print(f"{task}: vmap faster at all sizes from: {pays_from(curve)}")
+    print(f"  by the rule from: {rule}")
     print("  a, b, c, d:", *(f"{1e6 * number:.3g}" for number in (a, b, c, d)), "us")
     for n in 1, 16, most:
         print(f"  N = {n}: {said(*curve[n][1][1:])}")
 
 
 # %%
-# Both tasks at all of these sizes:
-
 curves = {
     f"forward pass, batch {batch}": {
         n: compare(mlp, n, batch, shape, seconds=seconds[n]) for n in seconds
@@ -236,10 +239,10 @@ for task, curve in curves.items():
     report(task, curve)
 
 # %%
-# "Faster from" names the smallest number that was measured at which ``vmap`` is faster,
-# beyond noise, and stays so at every larger one: the dotted line of the figure. Bars
-# are the intervals, drawn as times. While :math:`c` is nearly all of the call's time,
-# its curve is flat: **one more model is nearly free**.
+# The first line names the smallest number of models from which on ``vmap`` is faster,
+# beyond noise, wherever it was measured: the dotted line of the figure. Bars are the
+# gain's intervals, drawn on the call only. While :math:`c` is nearly all of the call's
+# time, its curve is flat: **one more model is nearly free**.
 
 fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
 for ax, (task, curve) in zip(axes, curves.items(), strict=True):
@@ -257,23 +260,23 @@ axes[0].set_ylabel("time [ms]")
 axes[1].legend(title="dashed: the rule")
 fig.suptitle(f"MLPs, float32, {name}")
 found = [
-    f"{task}, {said(*c[1][1][1:])} with 1 model, {said(*c[most][1][1:])} with {most}"
-    for task, c in curves.items()
+    f"{task}, N = {n}: {said(*curve[n][1][1:])}"
+    for task, curve in curves.items()
+    for n in (1, most)
 ]
 fig.set_label(
-    "Two panels, forward pass and training step: time of a loop and of one vmap call "
-    f"against the number of models, logarithmic axes, on {name}, the rule dashed. One "
-    f"vmap call against a loop over modules, no compiler: {'; '.join(found)}."
+    "Time of a loop over modules and of one vmap call against the number of models, "
+    f"logarithmic axes, {name}. The call: {'; '.join(found)}."
 )
 
 # %%
 # Does batch size matter?
 # -----------------------
 #
-# The forward pass again, with smaller and larger minibatches. These add work to both
-# slopes. If they add the same to both, the gain comes nearer to one; if they add more
-# to :math:`d`, the call can lose. Where two intervals overlap, take the gains for
-# equal.
+# The forward pass again, with smaller and larger minibatches. Larger ones add work to
+# both slopes. If they add the same to both, the gain comes nearer to one; if they add
+# more to :math:`d`, the call can lose. Where the intervals of two gains overlap, this
+# run does not tell them apart.
 
 some = [1, 16, two[1], most]
 more = {
@@ -289,33 +292,34 @@ for task, curve in more.items():
 # Predict a size that you did not measure
 # ---------------------------------------
 #
-# All sizes but the two that made the rule test it. The largest lies four times beyond.
+# All sizes but the two that made the rule test it, also where it was refused. The
+# largest lies four times beyond.
 
 rows = []
 for task, curve in (curves | more).items():
-    (a, b), (c, d) = straight(curve)
-    new = [n for n in curve if n not in two]
-    rows += [(task, n, (a + b * n) / (c + d * n), *curve[n][1][1:]) for n in new]
-told = [row for row in rows if row[-2] > 1.02 or row[-1] < 0.98]  # a difference
-right = sum((guess > 1) == (gain > 1) for *_, guess, gain, _, _ in told)
-errors = sorted(abs(guess / gain - 1) for *_, guess, gain, _, _ in rows)
-middle, worst = errors[len(errors) // 2], errors[-1]
+    for n in sorted(curve.keys() - two):
+        loop, call = (start + slope * n for start, slope in straight(curve))
+        (loop_time, *_), (call_time, *gain) = curve[n]
+        off = loop / call / gain[0], loop / loop_time, call / call_time
+        rows.append((f"{task:22} {n:4}", loop / call, gain, [x - 1 for x in off]))
+told = [row for row in rows if row[2][1] > 1.02 or row[2][2] < 0.98]
+right = sum((guess > 1) == (gain > 1) for _, guess, (gain, *_), _ in told)
+errors = [abs(off[0]) for *_, off in rows]
 print(f"the rule names the faster way at {right} of {len(told)} sizes that have one")
-print(f"error of its gain: median {middle:.0%}, largest {worst:.0%}")
-print(f"{'models':>27} predicted measured (interval)   error")
-for task, n, guess, gain, low, high in rows:
-    print(f"{task:22} {n:4} {guess:9.3g} {gain:8.3g}", end=" ")
-    print(f"{f'({low:.3g} to {high:.3g})':16} {guess / gain - 1:+6.0%}")
+print(f"gain: median error {statistics.median(errors):.0%}, largest {max(errors):.0%}")
+print(f"{'models':>27}  gain: rule, run             error, of loop, of call")
+for size, guess, (gain, low, high), off in rows:
+    measured = f"{gain:.3g} ({low:.3g} to {high:.3g})"
+    print(f"{size} {guess:5.3g} {measured:22}", *(f"{error:+5.0%}" for error in off))
 
 # %%
 # A gain below one is a loss. Where the predicted gain lies inside of the interval, the
-# error can be noise. Elsewhere a line is not straight, or the noise of the two sizes
-# behind it is in the prediction.
+# error can be noise. Elsewhere a line is not straight, or the machine's speed changed
+# between sizes, or the noise of the two sizes is in the prediction. Errors of one sign
+# speak for the first.
 #
 # vmap slower than a for loop? Three reasons
 # ------------------------------------------
-#
-# The call is slower, or gains little, for one of these.
 #
 # **Too few models**, at the left ends of the curves: the rule says how many.
 #
@@ -332,10 +336,6 @@ def predict(params, buffers, x):
     return functional_call(skeleton, (params, buffers), (x,), strict=True)
 
 
-def in_chunks(x):
-    return vmap(predict, chunk_size=two[1])(params, buffers, x)
-
-
 @torch.no_grad()
 def against_both(way, batch):
     x = torch.randn(most, batch, *shape, device=device)
@@ -343,37 +343,36 @@ def against_both(way, batch):
         lambda: way(x),
         lambda: torch.stack([m(data) for m, data in zip(models, x, strict=True)]),
         lambda: vmap(predict)(params, buffers, x),
-        seconds=0.4,
+        seconds=0.3,
     )
     loop, call = (said(1 / gain, 1 / high, 1 / low) for _, gain, low, high in others)
     return f"batch {batch}, against a loop: {loop}\n  against one call: {call}"
 
 
-for size in 1, batch, large:
-    print(f"{most} models in chunks of {two[1]}, {against_both(in_chunks, size)}")
+in_chunks = vmap(predict, chunk_size=most // 8)
+for size in batch, 4 * large:
+    found = against_both(lambda x: in_chunks(params, buffers, x), size)
+    print(f"{most} models in chunks of {most // 8}, {found}")
 
 # %%
-# Where chunks are faster than the one call with all models, the size of the tensors was
-# a cost, on a CPU probably that of the cache and of fresh memory:
-# ``plot_what_vmap_runs.py`` takes the latter away.
+# Where chunks are faster than one call, the size of the tensors was a cost, on a CPU
+# probably that of the cache and of fresh memory (``plot_what_vmap_runs.py``). If no
+# line says so, this run has no such case.
 #
 # **Models with much work each.** At every batch the loop runs the same operators, so
 # the overhead of a model is at most :math:`b` at batch 1. What :math:`b` has beyond
-# that at a larger batch is work, and one call has to do that work, too: compare
+# that at a larger batch is mostly work, which one call may do faster or slower: compare
 # :math:`d`. ``plot_ensembling.py`` measures convolutions.
 #
 # The mistake: stacking in every call
 # -----------------------------------
 #
-# With ``stack_module_state`` inside of what is called often, the result is the same
-# (tested), no message warns, and each call copies all parameters before it begins:
+# With ``stack_module_state`` inside of what is called often, the predictions are the
+# same (tested), but each call first copies all parameters, and a backward pass never
+# reaches the models (tested).
 
-
-def stacked_again(x):
-    return vmap(predict)(*stack_module_state(models), x)
-
-
-print(f"{most} models stacked in every call, {against_both(stacked_again, batch)}")
+found = against_both(lambda x: vmap(predict)(*stack_module_state(models), x), batch)
+print(f"{most} models stacked in every call, {found}")
 
 # %%
 # Remember
@@ -389,7 +388,6 @@ print(f"{most} models stacked in every call, {against_both(stacked_again, batch)
 # - ``plot_what_vmap_runs.py``: the operators of one call, and a fourth reason, those
 #   that ``vmap`` cannot batch.
 # - ``plot_fastest_mlp.py``, ``plot_faster_training.py``: faster loops, faster calls.
-# - ``plot_memory.py``: what a call needs, and ``chunk_size``.
 #
 # References
 # ----------
@@ -398,6 +396,3 @@ print(f"{most} models stacked in every call, {against_both(stacked_again, batch)
 #   `jax#15339 <https://github.com/jax-ml/jax/issues/15339>`_.
 # - Stacking in every call:
 #   `pytorch#120581 <https://github.com/pytorch/pytorch/issues/120581>`_.
-# - W. Whitney: `Parallelizing neural networks on one GPU with JAX
-#   <http://willwhitney.com/parallel-training-jax.html>`_, 2021, with JAX and its
-#   compiler.
