@@ -8,8 +8,9 @@ a loop, and what to do.
 
 **In short.** Five questions decide: do the models stack, does ``vmap`` accept them,
 does one call compute what a loop computes, how many fit into memory, and is one call
-faster. Each is a short function below; the last one asks them all and prints what to
-do.
+faster. You need not read the functions below: replace ``build`` and ``batch``, run
+all cells, and read what the last one prints, such as ``To train, one call for 16, 64
+models``.
 
 Before you start: ``plot_ensembling.py`` says what a stack and ``vmap`` are.
 """
@@ -41,7 +42,8 @@ print(f"{where}, {torch.get_num_threads()} CPU threads, torch {torch.__version__
 # ------------------------
 #
 # Replace these lines. ``build`` makes one model, with new weights in each call, and
-# ``batch`` is what one call of the model gets, all its arguments:
+# ``batch`` is the **tuple** of what one call gets, by position (mind the comma if it is
+# one tensor):
 
 
 def build():
@@ -55,7 +57,8 @@ batch = (torch.randn(32, 64),)
 # Do they stack?
 # --------------
 #
-# One function of all models; all get the same batch. Dropout needs ``randomness``.
+# One function of all models; all get the same batch. (For a batch each, write 0 in the
+# place of ``None``, and stack the batches.) Dropout needs ``randomness``.
 
 
 def stack(build, num_models, train=False, double=False):
@@ -179,7 +182,8 @@ def loop(models, batch):
 def apart(one_call, looped):
     pairs = [*zip(tree_leaves(one_call), tree_leaves(looped), strict=True)]
     largest = max([b.abs().max().item() for _, b in pairs], default=0)
-    return max([(a - b).abs().max().item() for a, b in pairs], default=0) / largest
+    far = max([(a - b).abs().max().item() for a, b in pairs], default=0)
+    return far / (largest or 1)
 
 
 # %%
@@ -243,8 +247,9 @@ def megabytes(build, batch):
 # models should gain, and a few large ones should not. Its rival is a good loop, with
 # one fused optimizer for all models and one backward pass of the sum of their losses.
 # Neither is compiled. After three calls of each, loop and call take turns, at least
-# seven; a gain is the median ratio of the turns, in brackets its 95 % interval. Up to 2
-# percent count as no difference.
+# seven; a gain is the median ratio of the turns, in brackets its 95 % interval. With a
+# batch for each model instead of one for all, the gain may differ. Up to 2 percent
+# count as no difference.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -312,8 +317,11 @@ tasks, sizes = {"predict": False, "train": True}, [4, 16, 64]
 
 
 def advise(build, batch):
-    """Print what to do with many such models, and why; return the gains of one call."""
-    gains, each = {}, ask(megabytes, build, batch)
+    """Print what to do with many such models, and why."""
+    each = ask(megabytes, build, batch)
+    if not isinstance(each, str):
+        fit = float(f"{8000 / each:.2g}")
+        print(f"Training keeps {each:.2g} MB a model: 8 GB hold fewer than {fit:,.0f}.")
     for task, train in tasks.items():
         if (words := ask(accepts, build, batch, train)) != "accepted":
             print(f"To {task}, a loop: one call fails. {words}")
@@ -323,28 +331,22 @@ def advise(build, batch):
         elif far > 1e-10:
             print(f"To {task}, a loop: one call computes something else.")
             continue
-        row = gains[task] = [gain(build, batch, n, train) for n in sizes]
-        slow = [n for n, (_, low, _) in zip(sizes, row, strict=True) if low <= 1.02]
-        pays = [n for n in sizes if n > max(slow, default=0)]
-        print(
-            f"To {task},", f"one call from {pays[0]} models on:" if pays else "a loop:"
-        )
-        for n, found in zip(sizes, row, strict=True):
-            print(f"    one call for {n:2} models: {said(*found)}")
+        row = {n: ask(gain, build, batch, n, train) for n in sizes}
+        found = {n: r if isinstance(r, str) else said(*r) for n, r in row.items()}
+        pays = ", ".join(str(n) for n, words in found.items() if "x faster" in words)
+        print(f"To {task}, {f'one call for {pays} models' if pays else 'a loop'}.")
+        for n, words in found.items():
+            print(f"    one call for {n:2} models: {words}")
         print("    operators that loop:", loops(build, batch, train))
-    if gains:
-        fit = float(f"{8000 / each:.2g}")
-        print(f"Training keeps {each:.2g} MB a model: 8 GB hold {fit:,.0f} at most.")
-    return gains
 
 
 layer = partial(nn.TransformerEncoderLayer, 32, 4, 64, batch_first=True)
 with warnings.catch_warnings(action="ignore"):  # of operators that loop: they are named
-    gains = advise(build, batch)
+    advise(build, batch)
     print("An LSTM")
     advise(partial(nn.LSTM, 64, 32, batch_first=True), (torch.randn(32, 10, 64),))
     print("A transformer layer")
-    _ = advise(layer, (torch.randn(8, 16, 32),))
+    advise(layer, (torch.randn(8, 16, 32),))
 
 # %%
 # **Where one call fails**, look for the words of the message in
