@@ -3,18 +3,28 @@ Mistakes with vmap that raise no error
 ======================================
 
 Recognize mistakes that ``torch.func.vmap`` accepts without a message, each beside the
-line that is right, and keep the one test that notices most of them.
+line that is right, and copy the one test that notices most of them.
 
 **In short.** ``vmap`` checks sizes, not meaning: what has the right shape is computed.
 Write the loop once, and compare one call with it in float64: that finds the first seven
 of the mistakes below. For the others, look yourself.
 
+What you may see, and where to look:
+
+- Results of a wrong shape, or of the right one with wrong numbers: a keyword argument,
+  or a shared batch.
+- Gradients are zero and nothing learns: the function closes over a model.
+- Learning is as many times slower as there are models: the mean of the losses.
+- Predictions differ from those of each model: the mode, or models that changed later.
+- One model with large gradients holds back all others: one norm.
+- All members agree: they are one model, or Python draws for all.
+
 For mistakes that stop with a message, see ``plot_what_vmap_refuses.py``.
 """
 
 # %%
-# Set-up, and the test to keep
-# ----------------------------
+# Set-up, and a comparison with the loop
+# --------------------------------------
 
 import copy
 import random
@@ -45,7 +55,10 @@ def compare(mistake, right, loop):
     if mistake.shape != loop.shape:
         print(f"shape {list(mistake.shape)} where the loop has {list(loop.shape)}")
     else:
-        print(f"shape as in the loop, {(mistake - loop).abs().max():.2g} away from it")
+        far, largest = (mistake - loop).abs().max(), loop.abs().max()
+        print(
+            f"shape as in the loop, {far:.2g} away, where {largest:.2g} is the largest"
+        )
 
 
 # %%
@@ -124,8 +137,8 @@ compare(mistake, right, gradients)
 # norm takes the statistics of the batch and overwrites its own; in eval mode, dropout
 # is off: both without a word.
 
-norms = [nn.BatchNorm1d(4, **double).eval() for _ in range(num_models)]
-state = stack_module_state(norms)
+layers = [nn.BatchNorm1d(4, **double).eval() for _ in range(num_models)]
+state = stack_module_state(layers)
 with torch.device("meta"):
     shell = nn.BatchNorm1d(4)  # in train mode, as each new module
 
@@ -140,7 +153,7 @@ moved = (overwritten["running_mean"] - state[1]["running_mean"]).abs().max()
 print(f"running means moved by {moved:.2g}")
 shell.eval()
 right = vmap(normalize)(*state, minibatches)
-compare(mistake, right, (m(x) for m, x in zip(norms, minibatches, strict=True)))
+compare(mistake, right, (m(x) for m, x in zip(layers, minibatches, strict=True)))
 
 # %%
 # One norm clips all models together
@@ -197,7 +210,7 @@ for name, state in {"[model] * 4": one_model, "four models": four}.items():
 # **Python draws once.** ``vmap`` runs the function once for all models, so ``random``
 # and NumPy draw one number for all, and a counter, a hook or ``append`` in it acts once
 # (tested). Draw with torch and ``randomness="different"``, and return what you want to
-# keep. (With ``chunk_size``, all this happens once for each chunk.)
+# keep. ``randomness="same"`` draws one dropout mask for all members.
 
 
 def python(x):
@@ -248,12 +261,24 @@ for name in "index_add", "scatter_add":
 # What to test
 # ------------
 #
-# In a project, keep one test of each function that you map: a loop over three models,
-# in float64 on the CPU, with **sizes that all differ** (three models, five samples,
-# four features). Different sizes turn the first two mistakes into errors, and a rarer
-# one (tested): ``torch.cond`` in two nested calls of ``vmap`` is wrong if one call maps
-# its test, the other its tensor, and both have the same size. Write ``torch.where``.
-# For training, compare gradients, and compare one step of the optimizer.
+# One test for each function that you map: three models, in float64 on the CPU, and
+# **sizes that all differ**, which turn the first two mistakes into errors (tested).
+
+few = [nn.Linear(4, 3, **double) for _ in range(3)]  # three models, four features
+x = torch.randn(3, 5, 4, **double)  # five samples for each
+state, _ = stack_module_state(few)
+state_grads = vmap(grad(loss))(state, x)
+for model, rows in zip(few, x, strict=True):
+    loss_of_one = model(rows).square().mean()  # by the model, not by the function
+    loss_of_one.backward()
+looped = torch.stack([model.weight.grad for model in few])
+torch.testing.assert_close(state_grads["weight"], looped, rtol=0, atol=1e-10)
+
+# %%
+# A rarer mistake that different sizes turn into an error (tested): in two nested calls
+# of ``vmap``, ``torch.cond`` computes a wrong result if one call maps its condition,
+# the other its operand, and both have equal size. Write ``torch.where``. For training,
+# compare a step of the optimizer, too.
 #
 # Remember
 # --------

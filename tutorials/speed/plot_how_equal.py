@@ -8,8 +8,8 @@ much the loop itself is rounded.
 
 **In short.** Loop and ``vmap`` may add in different orders or round once more, so that
 last digits differ: rounding, and no bug. In float64 one forward pass must agree to
-1e-10 of the largest logit; in float32 or 16 bits, accept eight times the loop's own
-distance from float64, plus one last digit of the largest logit.
+1e-10 of the largest logit; in float32 or 16 bits, accept one call that is at most eight
+times as far from float64 as the loop is, plus one last digit of the largest logit.
 
 **Before you start**, read ``plot_ensembling.py``, which builds such an ensemble.
 """
@@ -228,17 +228,17 @@ for dtype in dict.fromkeys(precisions.values()):
 # **Where 16 bits give 1.00 without biases and more with them**, the bias is the reason:
 # on a CPU one call rounds the sum of products, adds the bias and rounds again, while
 # ``F.linear`` in the loop rounds once (tested). **In float32** the order of additions
-# differs between kernels: emulated, one running sum of 9,216 products is 4 to 11 times
-# as far from float64 as 16 running sums are (tested). The factor 8 covers about half of
-# that; on a CPU, CNNs and MLPs used less than half of the tolerance (tested). Should a
-# kernel need more, float64 clears the function, not the kernel.
+# differs between kernels: in an emulation, adding 9,216 products in one running sum was
+# 4 to 11 times as far off as in 16 sums (tested). So 8 is a compromise and no bound; on
+# a CPU, CNNs and MLPs used less than half of the tolerance (tested). Should a kernel
+# need more, float64 clears the function, not the kernel.
 #
 # Which wrong weight does a comparison notice?
 # --------------------------------------------
 #
-# Make one weight of member 0 wrong by 10%, 24 random weights of each layer in turn. In
-# float64, how far does the logit move that moves most? More than the tolerance is
-# noticed.
+# Make one weight of member 0 wrong by 10%, 24 random weights of each layer in turn. For
+# each, take the logit that changes most in float64: the comparison notices the mistake
+# if that change exceeds the tolerance.
 
 
 def moves(params, name):
@@ -368,8 +368,8 @@ print(
 # --------
 #
 # Different last digits may be rounding. Compare one forward pass in float64, within
-# 1e-10 of the largest logit. In fewer bits accept eight times the loop's own distance
-# from float64, plus one last digit; few bits miss more mistakes.
+# 1e-10 of the largest logit. In fewer bits accept one call that is at most eight times
+# as far from float64 as the loop is, plus one last digit; few bits miss more mistakes.
 #
 # Next
 # ----

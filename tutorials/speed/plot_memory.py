@@ -7,8 +7,9 @@ groups of members, and find from two measurements of your own network how many f
 
 **In short.** To predict, ``vmap(..., chunk_size=k)`` under ``no_grad`` holds the
 intermediate tensors of ``k`` members at a time. To train, give each group of ``k``
-members a stack, a backward pass and an optimizer of its own. A loop over the models
-needs least memory: the run prints what each way costs in time.
+members a stack, a backward pass and an optimizer of its own. A loop in which each
+model has an optimizer of its own needs least memory: the run prints what each way costs
+in time.
 
 **Before you start**, read ``plot_ensembling.py``, which explains ``vmap`` and
 ``functional_call``.
@@ -74,10 +75,12 @@ print(list(logits.shape))
 # Train: backward for some members at a time
 # ------------------------------------------
 #
-# Members are independent, so an ensemble may be several small ones, each with its own
-# optimizer. A group that waits holds its parameters and Adam's state, but neither
-# gradients nor activations. ``stack_module_state`` copies; with a generator of models,
-# those of one group at a time exist beside the stacks.
+# Without ``no_grad``, chunks of a prediction save little, because autograd keeps the
+# tensors of all of them. To train, split the ensemble: members are independent, so it
+# may be several small ones, each with its own optimizer. A group that waits holds its
+# parameters and Adam's state, but neither gradients nor activations.
+# ``stack_module_state`` copies; with a generator of models, those of one group at a
+# time exist beside the stacks.
 
 
 def loss(params, buffers, x, y):
@@ -108,9 +111,15 @@ step(groups)
 # How many models fit
 # -------------------
 #
-# PyTorch's profiler records each block of memory that a tensor takes and gives back. On
-# CUDA, ``torch.cuda.max_memory_allocated()``, after ``reset_peak_memory_stats()``,
-# tells the peak with what was there before. What a library takes by itself is not seen.
+# PyTorch's profiler records each block of memory that a tensor takes and gives back.
+# What a library takes by itself is not seen. On CUDA these lines tell the peak, with
+# what was there before:
+#
+# .. code-block:: none
+#
+#    torch.cuda.reset_peak_memory_stats()
+#    logits = vmap(predict, chunk_size=2)(params, buffers, x)
+#    print(torch.cuda.max_memory_allocated() / 1e6, "MB")
 
 
 def trace(call):
@@ -184,8 +193,9 @@ for name, size in {"all at once": 1000, f"in groups of {n}": n}.items():
 # The error, and its cure
 # -----------------------
 #
-# Here a limit makes memory short: on CUDA PyTorch's own, on Linux that of the address
-# space, where memory freed before comes on top. Other systems set no limit here. The
+# Here a limit makes memory short: on CUDA PyTorch's own, on Linux one of
+# the address space; memory that the process has freed but kept comes on top. On other
+# systems the call succeeds. The
 # minibatches are four times as large as before.
 
 
@@ -231,10 +241,11 @@ for name, size in {"all at once": num_models, f"in groups of {n}": n}.items():
 # ---------------------------
 #
 # The figure shows one training step, after a first one has made Adam's state. Gradients
-# are what ``optimizer.zero_grad`` frees, parameters and Adam's state are computed,
-# blocks under 0.1 MB are left out, and the rest is called activations. On CUDA,
-# `PyTorch's memory viewer
-# <https://docs.pytorch.org/docs/stable/torch_cuda_memory.html>`_ shows each block.
+# are what ``optimizer.zero_grad`` frees, parameters and Adam's state are calculated and
+# not recorded, blocks under 0.1 MB are left out, and the rest is called activations. On
+# CUDA, `PyTorch's memory viewer
+# <https://docs.pytorch.org/docs/stable/torch_cuda_memory.html>`_ shows each block and
+# the line that took it.
 
 
 def timeline(size):
@@ -325,8 +336,8 @@ assert distance < 1e-10, f"groups do not train what a loop trains: {distance:.0e
 # -----------------
 #
 # A training step in one call, in groups, and in a loop over the models, with one
-# optimizer for all of them and with one for each. Memory counts beside parameters and
-# Adam's state.
+# optimizer for all of them and with one for each. Memory is what comes on
+# top of parameters and Adam's state.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -380,8 +391,8 @@ for (name, way), (seconds, *gain) in zip(ways.items(), times, strict=True):
 # The mistake: autograd records outside of vmap
 # ---------------------------------------------
 #
-# Stacked parameters require gradients. Where autograd records outside of ``vmap``, it
-# saves tensors of every chunk for a later backward pass, and **the call needs more
+# Stacked parameters require gradients. Where autograd records outside of ``vmap``,
+# it saves tensors of every chunk for a later backward pass, and **the call needs more
 # memory** (tested). The peaks are those of gradients, without an optimizer. Even the
 # first one holds the results twice, in parts and together.
 
