@@ -26,6 +26,9 @@ MOVED = {
             ],
             "what-you-see-what-to-write-and-why",
         ),
+        "inplace-arithmetic-is-not-possible": (
+            "is-not-possible-because-there-exists-a-tensor"
+        ),
         "there-is-a-performance-drop-slow": "there-is-a-performance-drop",
         "the-mistake-append-count-or-draw": "remember",
     },

@@ -20,12 +20,15 @@ def test_different_sizes_turn_the_first_two_mistakes_into_errors():
         vmap(PAGE["predict"])(params, minibatches[0])
 
 
-@pytest.mark.parametrize(("decay", "hidden"), [(0, True), (0.1, False)])
-def test_adam_hides_the_mean_of_the_losses(decay, hidden):
+@pytest.mark.parametrize(
+    ("kind", "decay", "hidden"),
+    [("Adam", 0, True), ("Adam", 0.1, False), ("AdamW", 0.1, True)],
+)
+def test_adam_hides_the_mean_of_the_losses(kind, decay, hidden):
     ends = []
     for combine in torch.sum, torch.mean:
         p = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.Adam([p], weight_decay=decay)
+        optimizer = getattr(torch.optim, kind)([p], weight_decay=decay)
         for _ in range(5):
             optimizer.zero_grad()
             combine((p - torch.arange(12).view(4, 3)).square().sum(1)).backward()

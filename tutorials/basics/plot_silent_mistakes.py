@@ -6,8 +6,9 @@ Recognize mistakes that ``torch.func.vmap`` accepts without a message, each besi
 line that is right, and copy the one test that notices most of them.
 
 **In short.** ``vmap`` checks sizes, not meaning: what has the right shape is computed.
-Write the loop once, and compare one call with it in float64: that finds the first seven
-of the mistakes below. For the others, look yourself.
+Write the loop once, and compare one call with it in float64: that finds the first six
+of the mistakes below, and the seventh where you compare with the stack in use. For the
+others, look yourself.
 
 What you may see, and where to look:
 
@@ -96,8 +97,8 @@ compare(mistake, right, (m(batch) for m in models))
 # ---------------------------------------------
 #
 # ``models[0]`` in the function is not the argument, so all rows are computed by model
-# 0. With respect to the argument, ``torch.func.grad`` gives zeros, and nothing learns
-# (``torch.autograd.grad`` raises an error).
+# 0. With respect to the argument, ``torch.func.grad`` gives zeros, and ``backward``
+# fills the gradients of ``models[0]`` alone: nothing learns.
 
 
 def loss(params, x):
@@ -121,8 +122,8 @@ compare(mistake, right, gradients)
 # -------------------------------------------
 #
 # The gradient of each model becomes as many times smaller as there are models, and so
-# does its step of SGD. Adam without weight decay hides it, as long as gradients are far
-# above its ``eps`` (tested).
+# does its step of SGD. Adam without weight decay hides it, and so does AdamW,
+# as long as gradients are far above ``eps`` (tested).
 
 losses = vmap(loss)(params, minibatches)
 mistake = torch.autograd.grad(losses.mean(), params["bias"], retain_graph=True)[0]
@@ -229,7 +230,8 @@ for function in python, with_torch:
 # A loop that gives no warning
 # ----------------------------
 #
-# Where an operator has no rule for ``vmap``, it runs once for each model and warns, but
+# Where an operator has no rule for ``vmap``, it fails, or runs once for each model and
+# warns, but
 # ``index_add`` does so without a warning if each model has its own indices. The result
 # is right, so only counting its calls shows it:
 
@@ -262,7 +264,8 @@ for name in "index_add", "scatter_add":
 # ------------
 #
 # One test for each function that you map: three models, in float64 on the CPU, and
-# **sizes that all differ**, which turn the first two mistakes into errors (tested).
+# **sizes that all differ**, which turn the first two examples above into errors
+# (tested; a keyword that broadcasts stays silent).
 
 few = [nn.Linear(4, 3, **double) for _ in range(3)]  # three models, four features
 x = torch.randn(3, 5, 4, **double)  # five samples for each
@@ -283,7 +286,7 @@ torch.testing.assert_close(state_grads["weight"], looped, rtol=0, atol=1e-10)
 # Remember
 # --------
 #
-# A right shape proves nothing where sizes coincide. Write the loop with the models
+# A right shape proves nothing. Write the loop with the models
 # themselves, not with the function that you map. Members that are one model, and
 # numbers that Python draws, you have to look for.
 #

@@ -52,7 +52,7 @@ def compare(refused, accepted, *inputs):
 # What you see, what to write, and why
 # ------------------------------------
 #
-# All messages, and what to write, are tested.
+# All messages are tested, and what to write where it is code of a line or more.
 #
 # **About in_dim, sizes, outputs**
 #
@@ -127,7 +127,7 @@ def compare(refused, accepted, *inputs):
 #   ``generate_vmap_rule = True`` if it calls only PyTorch, else write a ``vmap`` as in
 #   ``Reverse`` below.
 # - ``don't yet support saved tensor hooks``, ``your tensor may have escaped``: a model
-#   calls ``checkpoint``. Turn that off, and call ``backward()`` on the result of
+#   calls ``checkpoint``. Turn that off, and call ``.sum().backward()`` on
 #   ``checkpoint(vmap(f), xs, use_reentrant=False)``. If a tensor was kept in a list,
 #   return it instead.
 #
@@ -167,12 +167,13 @@ compare(turn, vmap(turn_where), xs)
 # - ``while`` becomes a ``for`` over the largest number of steps, with
 #   ``x = torch.where(running, f(x), x)`` in it.
 # - ``torch.where`` computes *both* sides. In training, the side that is not taken must
-#   be finite, or the gradient is ``nan``:
+#   have a finite gradient, or the gradient is ``nan``:
 #   ``torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)``.
 # - **In a library**: for ``F.gaussian_nll_loss``, write the formula. If each member has
 #   its own ``mask`` in ``nn.TransformerEncoder``, pass ``is_causal=False``. Call an ODE
 #   solver that adapts its steps outside:
-#   ``odeint(lambda t, z: vmap(field)(params, z), z0, times)``.
+#   ``odeint(lambda t, z: vmap(field)(params, z), z0, times)``. All members then share
+#   its steps, so results agree to its tolerance.
 #
 # ``calling .item() on a Tensor``
 # -------------------------------
@@ -255,8 +256,8 @@ compare(mean_of_positive, vmap(mean_of_positive_where), xs)
 # - If the result has to differ in size, return ``x`` and ``mask``, and cut afterwards:
 #   ``[x[mask] for x, mask in zip(*vmap(f)(xs))]``.
 #
-# ``inplace arithmetic is not possible``
-# --------------------------------------
+# ``is not possible because there exists a Tensor``
+# -------------------------------------------------
 #
 # All members share ``batch``, so what is made from it exists once, as ``torch.zeros``
 # would:
@@ -303,7 +304,8 @@ def gradient(w, x):  # refused
 compare(gradient, vmap(grad(loss)), ws, xs)  # what to write: vmap(grad(loss))
 
 # %%
-# Or leave autograd outside: ``vmap(loss)(ws, xs).sum().backward()``.
+# Or leave autograd outside: ``ws.requires_grad_()``, then
+# ``vmap(loss)(ws, xs).sum().backward()``.
 #
 # ``override the setup_context staticmethod``
 # -------------------------------------------
@@ -385,4 +387,5 @@ with warnings.catch_warnings():
 # - PyTorch on the `limitations
 #   <https://docs.pytorch.org/docs/stable/func.ux_limitations.html>`_ of ``vmap``.
 # - LSTM: `pytorch#105982 <https://github.com/pytorch/pytorch/issues/105982>`_;
-#   ``while_loop``: `pytorch#175522 <https://github.com/pytorch/pytorch/issues/175522>`_.
+#   ``while_loop``: `pytorch#175522
+#   <https://github.com/pytorch/pytorch/issues/175522>`_.

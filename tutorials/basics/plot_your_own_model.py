@@ -81,9 +81,9 @@ for name, t in (params | buffers).items():
     print(f"{name:21} {list(t.shape)}")
 
 # %%
-# Where this stops, the models differ in class or in shapes, or building one needs the
-# values of tensors. ``plot_recipes.py`` has one stack and one call for each kind of
-# model.
+# Where this stops, the models mostly differ in class or in shapes, or building one
+# needs the values of tensors. ``plot_recipes.py`` has one stack and one call for each
+# kind of model.
 #
 # Does vmap accept them?
 # ----------------------
@@ -168,9 +168,10 @@ print("operators that loop in training:", ask(loops, build, batch, True))
 def without_dropout(build):
     model = build()
     for module in model.modules():
-        for rate in "p", "dropout":  # of nn.Dropout, and of attention
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):  # attention, nn.GRU
+            module.dropout = 0.0
     return model
 
 
@@ -218,13 +219,13 @@ assert isinstance(far, str) or far < 1e-10, "one call is not the loop"
 # -------------------------
 #
 # A model in training keeps four numbers for each weight (itself, its gradient, two
-# averages of Adam) and the activations that the backward pass needs. They are counted
-# for one model; temporary tensors and a batch of its own come on top.
+# averages of Adam) and the activations that the backward pass needs. This is a rough
+# count for one model; temporary tensors and a batch of its own come on top.
 # ``plot_memory.py`` measures.
 
 
 def megabytes(build, batch):
-    """What training keeps for one model."""
+    """A rough count of what training keeps for one model."""
     model, x, kept = build().to(device), to_device(batch), {}
 
     def keep(t):
@@ -321,7 +322,7 @@ def advise(build, batch):
     each = ask(megabytes, build, batch)
     if not isinstance(each, str):
         fit = float(f"{8000 / each:.2g}")
-        print(f"Training keeps {each:.2g} MB a model: 8 GB hold fewer than {fit:,.0f}.")
+        print(f"Training keeps {each:.2g} MB a model: 8 GB hold about {fit:,.0f}.")
     for task, train in tasks.items():
         if (words := ask(accepts, build, batch, train)) != "accepted":
             print(f"To {task}, a loop: one call fails. {words}")
@@ -352,10 +353,10 @@ with warnings.catch_warnings(action="ignore"):  # of operators that loop: they a
 # **Where one call fails**, look for the words of the message in
 # ``plot_what_vmap_refuses.py``; for an LSTM or a GRU, ``plot_recurrent.py`` has a form
 # that is accepted. **Where a loop is advised because one call gains nothing**, the
-# models are too few, or each keeps the device busy by itself:
-# ``plot_when_vmap_pays.py`` finds from how many on one call pays. **Where an operator
-# runs once for each model**, the result is right, and a form of it that does not loop
-# may gain more: ``plot_what_vmap_runs.py``.
+# models may be too few, each may keep the device busy, or the kernel for all may be
+# slower: ``plot_when_vmap_pays.py`` finds from how many on one call pays. **Where an
+# operator runs once for each model**, the result is right, and a form of it that does
+# not loop may gain more: ``plot_what_vmap_runs.py``.
 #
 # The questions of acceptance and equality were tried on 25 kinds of modules that are
 # accepted and on six that fail (tested). They do not see what a module keeps outside of

@@ -7,9 +7,10 @@ from the loop over its members: float64 decides, and a tolerance for fewer bits 
 much the loop itself is rounded.
 
 **In short.** Loop and ``vmap`` may add in different orders or round once more, so that
-last digits differ: rounding, and no bug. In float64 one forward pass must agree to
-1e-10 of the largest logit; in float32 or 16 bits, accept one call that is at most eight
-times as far from float64 as the loop is, plus one last digit of the largest logit.
+last digits differ: rounding, and no bug. In float64, on the CPU, one forward pass must
+agree to 1e-10 of the largest logit; in float32 or 16 bits, accept one call that is at
+most eight times as far from float64 as the loop is, plus one last digit of the largest
+logit.
 
 **Before you start**, read ``plot_ensembling.py``, which builds such an ensemble.
 """
@@ -86,7 +87,7 @@ looped, vectorized = loop(member, params, x), one_call(params, x)
 off, limit = distance(vectorized, exact), allowed(looped, exact)
 assert off < limit, "one call is off by more than rounding"
 print(f"float32: the loop is {distance(looped, exact):.1e} off, one call {off:.1e}")
-print(f"tolerance: {limit:.1e}, so what differs is rounding")
+print(f"tolerance: {limit:.1e}, so rounding explains what differs")
 
 # %%
 # **If float64 refuses after one forward pass, it is hardly rounding.** Look for a wrong
@@ -205,8 +206,8 @@ print("{} by 1e-6, {} by the defaults, {} by the tolerance".format(*refused.toli
 # <https://github.com/Dao-AILab/flash-attention/blob/main/tests/test_flash_attn.py>`_
 # may be twice as far from a reference with more bits as plain attention in PyTorch is.
 # Should the loop happen to be exact, one last digit of the largest logit remains.
-# **Which factor accepts correct code?** The next table tells how many times as far from
-# float64 as the loop one call is, in 20 random ensembles for each line:
+# **Which factor accepts correct code?** The next table divides the
+# distance of one call from float64 by that of the loop, for 20 random ensembles a line:
 
 print("dtype     biases  median  largest  beyond the tolerance")
 for dtype in dict.fromkeys(precisions.values()):
@@ -255,7 +256,7 @@ def moves(params, name):
 layers = [name for name in fresh if name.endswith("weight")]
 moved = {(state, n): moves(p, n) for state, p in states.items() for n in layers}
 names = [*precisions, "float64"]
-print("of 24 wrong weights  move a logit  noticed in " + " ".join(names))
+print("of 24 wrong weights  move a logit  beyond the tolerance of " + " ".join(names))
 for (state, layer), by in moved.items():
     noticed = [(by > limits[state, name]).sum().item() for name in names]
     print(f"{state:8}{layer:13}{(by > 0).sum():12}     ", *(f"{n:8}" for n in noticed))
@@ -362,7 +363,7 @@ print(
 
 # %%
 # A logit near zero inherits the rounding of the larger terms that it is a sum of. The
-# tolerance of this page is an ``atol`` that knows the largest logit.
+# tolerance of this page is an ``atol`` that knows how the loop was rounded.
 #
 # Remember
 # --------

@@ -186,9 +186,9 @@ for name, size in {"all at once": 1000, f"in groups of {n}": n}.items():
 # The budget of a GPU is ``torch.cuda.mem_get_info()[0]`` bytes after
 # ``torch.cuda.empty_cache()``, less a margin: CUDA's limit counts memory that PyTorch
 # has *reserved*, which includes freed blocks kept for later, while a peak counts what
-# tensors hold (`allocated <https://docs.pytorch.org/docs/stable/notes/cuda.html>`_).
-# If the forecast is off, the line has a kink, because another phase peaks or a library
-# chose another algorithm: measure nearer to the size that you want.
+# tensors hold (`allocated <https://docs.pytorch.org/docs/stable/notes/cuda.html>`_). If
+# the forecast is off, the line may have a kink, where another phase peaks or a library
+# chooses another algorithm: measure nearer to the size that you want.
 #
 # The error, and its cure
 # -----------------------
@@ -385,16 +385,17 @@ for (name, way), (seconds, *gain) in zip(ways.items(), times, strict=True):
 # %%
 # The first time is a median of at least seven turns, warm. The others are that median
 # divided by the median ratio, which stands behind them with its 95 % interval. **Where
-# a loop is smaller and not slower, it needs no** ``vmap``. A slower row is the price of
-# its smaller memory.
+# a loop is smaller and not slower, it needs no** ``vmap``. Only a row that says slower
+# pays for its smaller memory with time.
 #
 # The mistake: autograd records outside of vmap
 # ---------------------------------------------
 #
-# Stacked parameters require gradients. Where autograd records outside of ``vmap``,
-# it saves tensors of every chunk for a later backward pass, and **the call needs more
+# Stacked parameters require gradients. Where autograd records outside of ``vmap``, it
+# saves tensors of every chunk for a later backward pass, and **the call needs more
 # memory** (tested). The peaks are those of gradients, without an optimizer. Even the
-# first one holds the results twice, in parts and together.
+# first one holds the results twice, in parts and together. Chunks without ``no_grad``
+# may need more than no chunks at all.
 
 
 def chunks():
@@ -417,8 +418,8 @@ print(f"one backward, no chunks: {peak_mb(partial(one_backward, None)):.0f} MB")
 #
 # ``chunk_size`` bounds the intermediate tensors of a call under ``no_grad``; its
 # results it may hold twice. To train, give each group of members a stack, a backward
-# pass and an optimizer, or keep a loop where it is not slower. Two measurements of your
-# own network say how many fit.
+# pass and an optimizer, or keep a loop where it is not slower: with an optimizer for
+# each model it needs least. Two measurements of your own network say how many fit.
 #
 # Next
 # ----
