@@ -46,13 +46,11 @@ print(f"{device.type}, torch {torch.__version__}, IEEE float32")
 # List the operators of your call
 # -------------------------------
 #
-# A `dispatch mode <https://docs.pytorch.org/docs/stable/notes/extending.html>`_ sees
-# every operator. Views move no data and are left out.
+# A dispatch mode sees every operator that reaches a backend, not what runs inside of
+# it. Views move no data and are left out.
 
 
 class Operators(TorchDispatchMode):
-    """Writes down each operator that runs, and counts the bytes of its tensors."""
-
     def __init__(self):
         super().__init__()
         self.calls, self.bytes = [], 0
@@ -80,7 +78,7 @@ def forward_and_backward(function, *args):
 
 # %%
 # Put your own function in place of ``one``, a convolution, a ReLU and a linear layer.
-# Left is what a loop runs for each of its ten models, right is all that ``vmap`` runs:
+# Left is what a loop runs for each of its ten models, right is what ``vmap`` runs:
 
 
 def one(kernel, offset, weight, bias, x):
@@ -110,9 +108,10 @@ for side, left, right in zip(["forward", "backward"], looped, batched, strict=Tr
 #   channels of another. If all models share ``x``, no groups are needed (tested).
 # - **A linear layer becomes one batched matrix product**: ``bmm`` in place of ``addmm``
 #   and ``mm``.
-# - **A bias is split off.** Its ``add`` reads and writes a whole result once more.
+# - **A bias is split off.** Its ``add`` moves a whole result once more (``mul`` scales
+#   it by 1).
 #
-# **The number of operators of vmap does not grow with the models** (tested).
+# **With batching rules, their number does not grow with the models** (tested).
 #
 # Ten CNNs: fewer operators
 # -------------------------
@@ -146,8 +145,8 @@ def loop():
 
 
 @torch.no_grad()
-def one_call():
-    return vmap(member)(params, buffers, minibatches)
+def one_call(chunk_size=None):
+    return vmap(member, chunk_size=chunk_size)(params, buffers, minibatches)
 
 
 # %%
@@ -156,9 +155,7 @@ with Operators() as looped:
     expected = loop()
 with Operators() as batched:
     outputs = one_call()
-assert torch.allclose(outputs, expected, atol=1e-6, rtol=1e-6), (
-    "vmap does not compute what the loop computes"
-)
+torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=1e-6)
 for name, seen in {"loop": looped, "vmap": batched}.items():
     print(f"{name}: {len(seen.calls)} operators on {seen.bytes / 1e6:,.0f} MB")
 
@@ -170,9 +167,9 @@ for name, seen in {"loop": looped, "vmap": batched}.items():
 # -------------------------
 #
 # **What should happen.** Loop and ``vmap`` do the same arithmetic. ``vmap`` starts
-# fewer operators and moves more bytes. So it should take at most the loop's time and
-# the time to move these bytes, at the rate of an addition that moves as many as the
-# whole call of ``vmap``, in memory that is not fresh:
+# fewer operators and moves more bytes. So expect at most the loop's time plus the time
+# for the extra bytes, at the rate of one large addition in memory that is not fresh
+# (caches ignored).
 
 
 def in_turns(*ways, seconds=1.0):
@@ -204,27 +201,31 @@ def said(gain, low, high):
     return f"no difference seen ({low:.2f} to {high:.2f})"
 
 
+# %%
+
 source, target = torch.ones(2, batched.bytes // 8, device=device)  # 4 bytes a number
 ((seconds, *_),) = in_turns(lambda: torch.add(source, 1, out=target), seconds=0.3)
-rate = batched.bytes / seconds
-extra = (batched.bytes - looped.bytes) / rate
-print(f"{rate / 1e9:.3g} GB/s, so vmap should take at most {1e3 * extra:.4g} ms more")
+extra = (1 - looped.bytes / batched.bytes) * seconds
+rate = f"{batched.bytes / seconds / 1e9:.3g} GB/s"
+print(f"{rate}, so vmap should take at most {1e3 * extra:.4g} ms more")
 
 # %%
-# Measured: medians of at least seven turns, warm; brackets hold the ratio's interval.
+# Warm, at least seven turns: the loop's median, and the others' from the median ratio.
+# Brackets hold that ratio's interval, without the rate's noise.
 
 
 def compare():
-    """Prints the time of a call, and returns its gain over the loop."""
-    (loop_time, *_), (time, *gain) = in_turns(loop, one_call)
+    ways = loop, one_call, lambda: one_call(chunk_size=2)
+    (loop_time, *_), (time, *gain), (in_chunks, *other) = in_turns(*ways)
     limit = loop_time + extra
     print(f"loop {1e3 * loop_time:.4g} ms, vmap {1e3 * time:.4g} ms: {said(*gain)}")
+    print(f"vmap in chunks of two {1e3 * in_chunks:.4g} ms: {said(*other)}")
     against = said(*(limit / loop_time * g for g in gain))
     print(f"prediction: at most {1e3 * limit:.4g} ms; against it, vmap: {against}")
     return gain
 
 
-gain = compare()
+gains = [compare()]
 
 # %%
 # The profiler splits a call into its operators: their own work on a CPU, the time of
@@ -233,10 +234,9 @@ gain = compare()
 clock = f"self_{'cpu' if device.type == 'cpu' else 'device'}_time_total"
 
 
-def by_operator(rounds=3):
-    """Operator -> milliseconds of one call of the loop and of vmap; prints most."""
+def by_operator(*ways, rounds=3):
     rows = defaultdict(lambda: [0.0, 0.0])
-    for column, way in enumerate([loop, one_call]):
+    for column, way in enumerate(ways):
         with profile(acc_events=True) as record:
             start = timer()  # waits for a GPU
             for _ in range(rounds):
@@ -254,21 +254,18 @@ def by_operator(rounds=3):
     return rows
 
 
-found = {"memory as it is": by_operator()}
+found = {"memory as it is": by_operator(loop, one_call)}
 
 # %%
 # Means of three calls; the rows below the first add up to it. Its difference from the
 # time above is the profiler's work, or noise. (``clamp_min`` is the ``relu``, ``copy_``
 # the ``clone``.) Read the column "more":
 #
-# - **Only vmap has** ``add``, ``copy_``, and ``bmm`` in place of ``addmm``. The
-#   prediction contains the bytes that they move.
+# - **Nearly only vmap has** ``add`` and ``copy_``. The prediction contains their bytes,
+#   but not in fresh memory.
 # - **Both have** the convolution, ``clamp_min`` and the pooling, with the same
 #   arithmetic. What ``vmap`` takes more there was not predicted. Two suspects follow,
-#   one at a time: the memory of the results, and the groups.
-#
-# On a GPU most of the rest is time in which no kernel runs; if all is rest, the
-# profiler saw no kernels.
+#   fresh memory and groups; a third, the cache, is not separated here.
 #
 # On a CPU, large results need fresh memory
 # -----------------------------------------
@@ -277,36 +274,41 @@ found = {"memory as it is": by_operator()}
 # the system and returns it when it is freed (`mallopt
 # <https://man7.org/linux/man-pages/man3/mallopt.3.html>`_). So each call writes to new
 # pages, and the first write to a page waits for the system: a *page fault*. Two
-# settings change that alone. (Without glibc, or on a GPU, the cell prints nothing.)
+# settings stop that; so do chunks, whose results are below 32 MiB. (Without glibc, or
+# on a GPU, the cell prints nothing.)
 
 
 def keep_memory():
     """From now on, memory that is freed stays in this process."""
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(-4, 0)  # M_MMAP_MAX: take no block for itself from the system
+    mallopt(-4, 0)  # M_MMAP_MAX: map no block
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
     import resource  # not on Windows
 
-    def page_faults():
+    def page_faults(chunk_size=None):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        one_call()
+        one_call(chunk_size)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    faults = page_faults()
+    print(f"page faults: vmap {page_faults():,}, in chunks {page_faults(2):,}")
     keep_memory()
-    kept = compare()
-    found["memory kept"] = by_operator()
-    print(f"page faults of vmap: {faults:,}, with kept memory {page_faults():,}")
-    print(f"vmap / loop: {1 / gain[0]:.2f}, with kept memory {1 / kept[0]:.2f}")
-    cause = "a cause" if kept[1] > 1.02 * gain[2] else "not seen as a cause"
+    gains.append(compare())
+    found["memory kept"] = by_operator(loop, one_call)
+    print(f"with memory kept: {page_faults():,}")
+    for memory, rows in found.items():
+        more = sum(rows[name][1] - rows[name][0] for name in ("add", "copy_"))
+        print(f"{memory}: add, copy_ {more:.1f} ms more, predicted {1e3 * extra:.1f}")
+    cause = "a cause" if gains[1][1] > 1.02 * gains[0][2] else "not seen as a cause"
     print(f"Fresh memory is {cause}.")
 
 # %%
 
-names = list(found["memory as it is"])[1:8]
+rows = found["memory as it is"]
+names = list(rows)[1:8]
+largest = max(names, key=lambda name: rows[name][1] - rows[name][0])
 fig, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
 for i, (memory, rows) in enumerate(found.items()):
     more = [b - a for a, b in (rows.get(name, (0, 0)) for name in names)]
@@ -319,22 +321,22 @@ ax.set_title(f"{num_models} CNNs by operator, {device.type}, IEEE float32")
 fig.legend(loc="outside lower center", ncols=2)
 fig.set_label(
     "Milliseconds that vmap takes more than the loop, by operator, "
-    f"{' and '.join(found)}. As it is, vmap against the loop: {said(*gain)}."
+    f"{' and '.join(found)}; most, as it is, in {largest}. "
+    f"The whole call: {' and '.join(said(*gain) for gain in gains)}."
 )
 
 # %%
 # **Where fresh memory is a cause**, compare the two bars of an operator: the difference
 # is what the memory costs there, or noise. Call ``keep_memory`` at the start of your
-# program, which then gives no memory back until it ends. Or make the results smaller
-# by ``chunk_size`` (``plot_memory.py``). A GPU's memory is `kept by PyTorch
-# <https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management>`_.
+# program, which then gives no memory back until it ends. Or try chunks: no setting, but
+# more operators (``plot_memory.py``).
 #
 # Is a grouped convolution slower?
 # --------------------------------
 #
 # The second convolution of the CNN, as ten convolutions and with ``groups=10``, on the
-# same numbers. The ten results are together as large as the one, and memory is kept if
-# the cell above could do so. What differs is the groups, and the number of calls:
+# same numbers. What differs is the groups, the number of calls, and, unless memory is
+# kept, how much of it is fresh:
 
 xs = torch.randn(10, len(minibatches[0]), 32, 26, 26, device=device)
 weights = torch.randn(10, 64, 32, 3, 3, device=device)
@@ -343,23 +345,22 @@ folded = xs.movedim(0, 1).flatten(1, 2), weights.flatten(0, 1)
     lambda: [F.conv2d(x, weight) for x, weight in zip(xs, weights, strict=True)],
     lambda: F.conv2d(*folded, groups=10),
 )
-print(f"ten {1e3 * ten:.4g} ms, groups {1e3 * grouped:.4g} ms: {said(*against)}")
+print(f"{memory}: ten {1e3 * ten:.4g}, groups {1e3 * grouped:.4g} ms: {said(*against)}")
 
 # %%
-# **Where groups are slower**, as in `pytorch#70954
-# <https://github.com/pytorch/pytorch/issues/70954>`_, give all models the same input,
-# or keep the loop for convolutions. **Where they are faster**, probably one call in
-# place of ten helps.
+# **Where groups are slower**, as on a GPU in `pytorch#73764
+# <https://github.com/pytorch/pytorch/issues/73764>`_, keep the loop for convolutions,
+# or, if your task allows it, share the input.
 #
 # There is a performance drop because we have not yet implemented the batching rule
 # ---------------------------------------------------------------------------------
 #
-# With this warning ``vmap`` runs an operator once for each model. The result is right,
-# the warning the only sign. Over which operators does your function loop?
+# With this warning ``vmap`` runs an operator once for each model. Results stay right
+# (tested for attention and its gradient). The other sign is a call for each model in a
+# list as above. Over which operators does your function loop?
 
 
 def fallbacks(function, *args):
-    """Operators over which vmap(function)(*args) loops."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         vmap(function)(*args)
@@ -367,24 +368,16 @@ def fallbacks(function, *args):
     return sorted({text.split("rule for ")[1].split(". ")[0] for text in texts})
 
 
-def attention(q, k, v):
-    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
-
-
 qkv = torch.randn(3, num_models, 16, 4, 7, 8, device=device)  # heads: 4, tokens: 7
-for layer in F.scaled_dot_product_attention, attention:
-    gradient = grad(lambda *qkv, layer=layer: layer(*qkv).sum())
-    print(layer.__name__, "loops over", fallbacks(gradient, *qkv))
+gradient = grad(lambda *qkv: F.scaled_dot_product_attention(*qkv).sum())
+print("attention's gradient loops over", fallbacks(gradient, *qkv))
 
 # %%
-# **Write such a layer from operators that have rules**, as ``attention`` does. Around a
-# layer that you cannot change, such as ``nn.TransformerEncoderLayer`` in training, put
-# ``sdpa_kernel(SDPBackend.MATH)`` of ``torch.nn.attention`` (tested). Make the warning
-# an error in your tests:
-#
-# .. code-block:: python
-#
-#    warnings.filterwarnings("error", message="There is a performance drop")
+# **Write such a layer from operators that have rules**, for attention
+# ``torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v`` (tested). Around a layer that
+# you cannot change, such as ``nn.TransformerEncoderLayer`` in training, put
+# ``sdpa_kernel(SDPBackend.MATH)`` of ``torch.nn.attention`` (tested).
+# ``plot_what_vmap_refuses.py`` makes the warning an error.
 #
 # An LSTM or a GRU
 # ----------------
@@ -394,15 +387,14 @@ for layer in F.scaled_dot_product_attention, attention:
 # Remember
 # --------
 #
-# ``vmap`` runs **one operator where a loop runs one for each model**, and adds those of
-# split biases. On a Linux CPU **large results in fresh memory** can cost more than it
-# saves. **A warning about a batching rule means a loop.**
+# ``vmap`` runs **one operator where a loop runs one for each model**, and adds some:
+# split biases and copies. On a Linux CPU **large results in fresh memory** can cost
+# more than it saves. **A warning about a batching rule means a loop.**
 #
 # Next
 # ----
 #
 # - ``plot_fastest_ensemble.py``: other ways to run the same layers.
-# - ``plot_memory.py``: what the larger tensors cost.
 #
 # References
 # ----------
