@@ -92,6 +92,14 @@ def test_muon_refuses_stacked_matrices(models):
     params, _ = stack_module_state(models)
     with pytest.raises(ValueError, match="2D"):
         torch.optim.Muon(params.values())
+    ends = []
+    for rows in 2, 3:  # stacked vectors are matrices to it
+        p = torch.ones(rows, 4, requires_grad=True)
+        optimizer = torch.optim.Muon([p], lr=0.1)
+        (p * torch.arange(4 * rows).view(rows, 4).cos()).sum().backward()
+        optimizer.step()
+        ends.append(p.detach()[:2])
+    assert (ends[0] - ends[1]).abs().max() > 1e-3
 
 
 def test_clipping_each_member_is_clipping_alone(models, data):

@@ -3,13 +3,14 @@ Feeding an ensemble: loaders, own samples, weights
 ==================================================
 
 Get data to the members of an ensemble: from a ``DataLoader``, or from a file that is
-larger than the memory; the same minibatch for all members, or one for each; with class
+never read as a whole; the same minibatch for all members, or one for each; with class
 weights for each member, and in half precision.
 
 **In short.** ``vmap`` takes one minibatch for all members (``in_dims=None``), or a
-stack of minibatches, one for each. Indices of members by rows make that stack from one
-copy of the data, on the device, in a loader or in a file. What else differs between
-members, such as class weights, is one more mapped argument of the loss.
+stack of minibatches, one for each. An index tensor ``[members, rows]`` makes that stack
+from one copy of the data, on the device or in a file; a loader takes it as a list. What
+else differs between members, such as class weights, is one more mapped argument of the
+loss.
 
 Before you start, read ``plot_training.py``: it explains the training step.
 """
@@ -81,8 +82,9 @@ for batch in DataLoader(data, batch_size=32, shuffle=True):
 print(f"last batch, one for all: images {list(images.shape)}, {len(losses)} losses")
 
 # %%
-# - ``DataLoader(..., num_workers=4)`` loads batches in four processes. On Windows and
-#   macOS, the script then needs ``if __name__ == "__main__":`` around its work.
+# - ``DataLoader(..., num_workers=4)`` loads batches in four processes. On Windows,
+#   macOS, and on Linux from Python 3.14 on, the script then needs ``if __name__ ==
+#   "__main__":`` around its work.
 # - With ``pin_memory=True`` in the loader and ``t.to(device, non_blocking=True)``, the
 #   CPU does not wait for the copy to a CUDA GPU.
 # - The members differ by their first weights alone. A random transform in the data set
@@ -114,12 +116,14 @@ print(f"last batch, one for each: images {list(images.shape)}, {len(losses)} los
 
 # %%
 # Make the list anew for each epoch. Where reading is slow, load a larger batch for all,
-# and let each member draw rows of it, by one index tensor on the device:
+# and let each member take eight steps through it in its own order, by one index tensor
+# on the device:
 
 loader = DataLoader(data, batch_size=256, shuffle=True)
 images, labels = (t.to(device) for t in next(iter(loader)))  # [256, 64], [256]
-rows = torch.randint(256, (num_models, 32), device=device)
-losses = vmap(member_loss)(params, images[rows], labels[rows])  # [8, 32, 64], [8, 32]
+order = torch.rand(num_models, len(images), device=device).argsort(dim=1)  # [8, 256]
+for rows in order.split(32, dim=1):  # [8, 32]
+    train(vmap(member_loss)(params, images[rows], labels[rows]))
 
 # %%
 # Noise that you add to ``images[rows]`` before the call, drawn in its shape, is each
@@ -144,7 +148,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 images, labels = batch.to(device) / 16, y[rows].to(device)
 losses = vmap(member_loss)(params, images, labels)
-print(f"moved {batch.nbytes:,} bytes; as float32 {images.nbytes:,}")
+print(f"a batch of bytes: {batch.nbytes:,}; as float32: {images.nbytes:,}")
 
 # %%
 # Own subsets: bootstrap and folds
@@ -152,7 +156,8 @@ print(f"moved {batch.nbytes:,} bytes; as float32 {images.nbytes:,}")
 #
 # Subsets of one size are an index tensor: shuffle the indices of each member for an
 # epoch, and split them into steps. For subsets of any size, ``torch.multinomial`` draws
-# rows by probability, of up to 2**24 rows.
+# rows by probability, of up to 2**24 rows, anew in each step, so that an epoch may
+# repeat or miss rows.
 
 num_rows = len(x)
 bootstrap = torch.randint(num_rows, (num_models, num_rows))  # [8, 1797]
@@ -193,8 +198,8 @@ fig.supylabel("member")
 fig.set_label(
     "Four grids of eight members by 40 rows of data, darker where a member sees a row "
     "more often. One batch for all: the same columns for each member. A batch of its "
-    "own: other columns for each. A bootstrap: zero to three times or more. Without "
-    "its fold: every eighth row is missing, another one for each member."
+    "own: ten columns drawn for each. A bootstrap: zero to three times or more. "
+    "Without its fold: every eighth row is missing, another one for each member."
 )
 
 # %%
@@ -214,10 +219,11 @@ class_weights = torch.ones(num_models, 10, device=device)
 class_weights[4:, 8] = 10
 params, _ = stack_module_state([build().to(device) for _ in range(num_models)])
 optimizer = torch.optim.Adam(params.values(), lr=0.01)
-order = torch.rand(num_models, 1200).argsort(dim=1)
-for rows in 4 * order.split(32, dim=1):  # four epochs
-    images, labels = x[rows].to(device), y[rows].to(device)
-    train(vmap(weighted_loss)(params, images, labels, class_weights))
+for _ in range(4):  # epochs
+    order = torch.rand(num_models, 1200).argsort(dim=1)
+    for rows in order.split(32, dim=1):
+        images, labels = x[rows].to(device), y[rows].to(device)
+        train(vmap(weighted_loss)(params, images, labels, class_weights))
 
 with torch.no_grad():
     logits = vmap(predict, in_dims=(0, None))(params, x[1200:].to(device))
@@ -231,8 +237,8 @@ for name, half in {"weight 1": called[:4], "weight 10": called[4:]}.items():
 # **The weighted mean of** ``F.cross_entropy`` **divides by the sum of the weights** of
 # the labels in the minibatch, not by their number. So ten times all weights is no
 # change, and a minibatch in which all weights are 0 has the loss 0/0, which is NaN.
-# Weights of samples are mapped in the same way. Both, in float64, beside a loop with
-# ten times the weights:
+# Sample weights are mapped in the same way. In float64, class weights agree with a loop
+# with ten times the weights, and sample weights with class weights:
 
 
 def sample_loss(params, x, y, weight):  # weight: [32], one for each sample
@@ -258,10 +264,10 @@ print(f"all weights 0: loss {weighted_loss(p, x64[-1], labels[-1], 0 * weights[-
 # ------------------------------------------
 #
 # Put ``torch.autocast(device.type, dtype=torch.bfloat16)`` around the call of ``vmap``,
-# as around one model (tested). With ``float16`` and a ``GradScaler``, **one member's
-# overflow skips the step of all**: the scaler looks at all gradients together, and
-# halves one scale for all. Here the images of member 3 are multiplied by a factor, and
-# the CPU computes:
+# as around one model (tested on the CPU). With ``float16`` and a ``GradScaler``, **one
+# member's overflow skips the step of all**: the scaler looks at all gradients together,
+# and halves one scale for all. Here the images of member 3 are multiplied by a factor,
+# and the CPU computes:
 
 images = x[:32].repeat(num_models, 1, 1)  # [8, 32, 64]
 for dtype, factor in [(torch.float16, 1), (torch.float16, 1e3), (torch.bfloat16, 1e3)]:
@@ -287,7 +293,8 @@ for dtype, factor in [(torch.float16, 1), (torch.float16, 1e3), (torch.bfloat16,
 #
 # ``losses.tolist()``, ``.item()`` and ``print`` wait until the GPU has computed them.
 # Keep the tensors, and ask for numbers once in an epoch. The data are on the device
-# here, because a copy in each step may wait, too, unless the memory is pinned.
+# here, because a copy in each step waits, too, unless it is pinned and
+# ``non_blocking``.
 
 x_here, y_here, log = x.to(device), y.to(device), []
 order = torch.rand(num_models, num_rows, device=device).argsort(dim=1)
@@ -296,7 +303,7 @@ for rows in order.split(32, dim=1):
     train(losses)
     log.append(losses.detach())  # detached, or each step keeps its graph
 means = torch.stack(log).mean(dim=0)  # [8]
-print("mean losses of the epoch:", *[f"{loss:.3f}" for loss in means.tolist()])
+print("mean losses of the minibatches:", *[f"{loss:.3f}" for loss in means.tolist()])
 
 # %%
 # With a progress bar and TensorBoard (``pip install tqdm tensorboard``):
@@ -320,13 +327,13 @@ print("mean losses of the epoch:", *[f"{loss:.3f}" for loss in means.tolist()])
 # --------
 #
 # One batch for all is ``None``; a batch for each is an index of members by rows. What
-# differs between members is a mapped argument. One ``GradScaler`` skips everybody's
-# step.
+# differs between members is a mapped argument. With one ``GradScaler``, one member's
+# overflow skips everybody's step.
 #
 # Next
 # ----
 #
-# - ``plot_state.py``: batch norm, dropout, frozen layers.
+# - ``plot_state.py``: what belongs to each member, and what all share.
 # - ``plot_silent_mistakes.py``: a shared batch with as many rows as there are members.
 # - ``plot_regression.py`` and ``plot_more_members.py`` judge what an ensemble says.
 #

@@ -2,14 +2,14 @@
 One training loop for a whole ensemble
 ======================================
 
-Train many small networks at once, each from its own seed, in its own order of the data
-and up to its own best epoch, with one optimizer of ``torch.optim`` and one backward
-pass a step.
+Train many small networks at once, each from its own seed and in its own order of the
+data, and keep each at its best epoch, with one optimizer of ``torch.optim`` and one
+backward pass a step.
 
 **In short.** Stack the parameters once, give the stack to the optimizer, let ``vmap``
 compute one loss for each member, and call ``backward`` on the **sum** of the losses:
-each member then trains as if it were alone, up to rounding. What looks at a whole
-member, its best epoch or the norm of its gradient, you write for each row of the stack.
+each member then trains as if it were alone, up to rounding. Compute what needs a whole
+member (its best epoch, its gradient norm) for each row of the stack.
 
 Before you start, read ``plot_ensembling.py``: it explains the stack and ``vmap``.
 """
@@ -121,7 +121,8 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 #   write ``vmap(member_loss, randomness="different")``: ``plot_state.py``.
 #
 # SGD, momentum, Adam, AdamW and weight decay treat each number by itself, so a stack is
-# a model to them (tested). Adafactor mixes members, and Muon refuses a stack (tested).
+# a model to them (tested). Adafactor mixes members (tested). Muon refuses stacked
+# matrices (tested), but takes stacked vectors for matrices and mixes members.
 # A scheduler changes the rate of all members at once, as it does for one model.
 #
 # Keep the best state of each member
@@ -130,7 +131,8 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 # The last lines of the loop copy the rows of those members that have improved, of
 # **parameters and buffers**: the running statistics of batch norm belong to the
 # weights. To stop early, leave the loop when ``epoch - best_epoch.max()`` exceeds your
-# patience. The kept states have the lowest losses, all of them:
+# patience: a member then trains on while any other still improves. The kept states give
+# these losses again:
 
 with torch.no_grad():
     again = validate(best, x_val, y_val)  # the skeleton is still in eval mode
@@ -189,7 +191,8 @@ for rival, right in rivals.items():
 # --------------------------------------
 #
 # The check to keep in a project of your own. Four seeds train together and, in the
-# usual way, one by one, in float64 on the CPU: rounding is far below any mistake.
+# usual way, one by one, in float64 on the CPU: rounding is far below such a mistake as
+# the mean of the losses.
 
 
 def train_alone(seed, x, y):
@@ -244,7 +247,7 @@ print(f"members with finite gradients: {finite.sum()} of {num_models}")
 # -------------------------------
 #
 # ``clip_grad_norm_`` on a stack takes **one norm over all members**: a large gradient
-# of one shrinks everybody's step, and a NaN ends everybody's training. Between
+# of one shrinks everybody's gradient, and a NaN ends everybody's training. Between
 # ``backward`` and ``step``, clip each member by its own norm:
 
 
@@ -268,9 +271,9 @@ for clip in [nn.utils.clip_grad_norm_, clip_each]:
 # --------------------------
 #
 # ``vmap`` adds some time to each call of an operator, so one member should be slower
-# than in a loop. But a loop calls every operator again for each member, so a few
-# members should make up for it. The loop at its best has one optimizer for all members
-# and goes backward once, from the sum of their losses:
+# than in a loop. But a loop calls every operator again for each member, so from some
+# number of members on, one call should win. The loop, too, gets one optimizer for all
+# members and one backward pass, from the sum of their losses:
 
 
 def train_step_loop(models, optimizer, x, y):
@@ -312,8 +315,9 @@ def said(gain, low, high):
 
 
 # %%
-# A whole step in float32, with gradients and a fused Adam on both sides, warm. Times
-# are medians of at least seven turns, brackets hold the interval of the ratio.
+# A whole step in float32, with gradients and a fused Adam on both sides, warm. The
+# loop's time is a median of at least seven turns; the other is that, divided by the
+# median ratio, whose 95 % interval is in brackets.
 
 adam = partial(torch.optim.Adam, fused=True)
 costs = []
@@ -329,25 +333,25 @@ for size in [1, 3, 10, 100]:
     )
     ms = [loop[0] * 1e3, together[0] * 1e3]
     costs.append([size, *ms])
-    print(f"{size:3} members: loop {ms[0]:.2f} ms, together {ms[1]:.2f} ms:", end=" ")
+    print(f"members {size}: loop {ms[0]:.2f} ms, together {ms[1]:.2f} ms:", end=" ")
     print(said(*together[1:]))
-more, *longer = (b / a for a, b in zip(*costs[-2:], strict=True))
-print(f"{more:.3g}x the members take {longer[0]:.3g}x as long in the loop, ", end="")
-print(f"{longer[1]:.3g}x together")
+(few, *fast), (many, *slow) = costs[-2:]
+each = [(late - early) / (many - few) for early, late in zip(fast, slow, strict=True)]
+print("one more member: loop {:.2f} ms, together {:.2f} ms".format(*each))
 
 # %%
-# **Where one call wins by much**, a loop probably spends most of its time on calling
-# operators. Larger networks may gain less, or lose: ``plot_when_vmap_pays.py``.
-# Compiled steps: ``plot_faster_training.py``.
+# **Where one call wins by much**, both do the same arithmetic, so the rest of the
+# loop's time is probably spent on calling operators. Larger networks may gain less, or
+# lose: ``plot_when_vmap_pays.py``. Compiled steps: ``plot_faster_training.py``.
 #
 # The mistake: the mean in place of the sum
 # -----------------------------------------
 #
 # ``losses.mean().backward()`` divides every gradient by the number of members, and
-# raises no error. For SGD, this is a learning rate that is 64 times too small. Adam
-# almost cancels the division, but its ``weight_decay`` is added after it, and so acts
-# like one that is 64 times as large (tested). AdamW adds no decay to the gradient.
-# ``plot_silent_mistakes.py`` runs this mistake and others.
+# raises no error. For SGD without decay, this is a learning rate that is 64 times too
+# small. Adam almost cancels the division. In both, ``weight_decay`` is added after it,
+# and so acts like one that is 64 times as large (tested for Adam). AdamW adds no decay
+# to the gradient. ``plot_silent_mistakes.py`` runs this mistake and others.
 #
 # Remember
 # --------
