@@ -274,8 +274,8 @@ found = {"memory as it is": by_operator(loop, one_call)}
 # the system and returns it when it is freed (`mallopt
 # <https://man7.org/linux/man-pages/man3/mallopt.3.html>`_). So each call writes to new
 # pages, and the first write to a page waits for the system: a *page fault*. Two
-# settings stop that; so do chunks, whose results are below 32 MiB. (Without glibc, or
-# on a GPU, the cell prints nothing.)
+# settings stop that; chunks (results below 32 MiB) usually do. (Without glibc, or on a
+# GPU, the cell prints nothing.)
 
 
 def keep_memory():
