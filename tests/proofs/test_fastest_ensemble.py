@@ -7,53 +7,54 @@ import pytest
 import torch
 from pages import cells_of, names_of
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 NAME = "speed/plot_fastest_ensemble"
-PAGE = names_of(NAME, "call", "loop", "by_hand", "SimpleCNN")
-call, loop, by_hand, SimpleCNN = map(PAGE.get, ["call", "loop", "by_hand", "SimpleCNN"])
+PAGE = names_of(NAME, *(NAMES := ["call", "loop", "by_hand", "SimpleCNN"]))
+call, loop, by_hand, SimpleCNN = map(PAGE.get, NAMES)
 LAST = {"memory_format": torch.channels_last}
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    yield torch.compiler.reset()
     torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
-def predict_with(skeleton):
-    def predict(params, buffers, x):
-        return functional_call(skeleton, (params, buffers), (x,), strict=True)
-
-    return predict
+def predict_with(model):  # in this file, so that the compiler finds its globals
+    return lambda params, buffers, x: functional_call(model, (params, buffers), (x,))
 
 
-def count_compiled(function, calls):
-    count = 0
-
-    def backend(graph, inputs):
-        nonlocal count
-        count += 1
-        return graph
-
-    compiled = torch.compile(function, backend=backend)
-    assert all(torch.allclose(compiled(*c), function(*c), atol=1e-6) for c in calls)
-    return count
+def count_compiled(functions, calls):
+    counter = CompileCounter()
+    for function, inputs in zip(functions, calls, strict=True):
+        logits = torch.compile(function, backend=counter)(*inputs)
+        assert torch.allclose(logits, function(*inputs), atol=1e-6)
+    return counter.frame_count
 
 
 def test_batch_sizes_take_the_loop_three_forms_but_vmap_of_convolutions_one_each():
-    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+    layers = nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 5)
     models = [nn.Sequential(*layers).requires_grad_(False) for _ in range(3)]
     minibatches = [torch.randn(3, size, 1, 8, 8) for size in (8, 4, 2, 5)]
     loops = [pair for x in minibatches for pair in zip(models, x, strict=True)]
-    assert count_compiled(call, loops[: len(models)]) == 1  # serves all models
-    assert 2 <= count_compiled(call, loops) <= 3
+    assert count_compiled([call] * 3, loops[:3]) == 1  # serves all models
+    assert 2 <= count_compiled([call] * 12, loops) <= 3
     calls = [(*stack_module_state(models), x) for x in minibatches]
-    assert count_compiled(vmap(predict_with(models[0])), calls) == 4
+    assert count_compiled([vmap(predict_with(models[0]))] * 4, calls) == 4
+
+
+def test_all_compiled_vmaps_share_eight_forms_but_functions_around_one_do_not():
+    names, calls = "sin cos tan exp log sqrt abs neg ceil", [[torch.ones(2)]] * 9
+    ones = [{"vmap": vmap, "one": getattr(torch, name)} for name in names.split()]
+    assert count_compiled([vmap(each["one"]) for each in ones], calls) == 8
+    assert count_compiled([eval("lambda x: vmap(one)(x)", e) for e in ones], calls) == 9
+    sizes = [[torch.ones([2] * dims)] for dims in range(9)]
+    assert count_compiled([torch.sin] * 9, sizes) == 8
 
 
 class Traffic(TorchDispatchMode):
@@ -71,14 +72,13 @@ class Traffic(TorchDispatchMode):
 def test_operations_and_bytes_are_those_of_the_operators():
     models = [SimpleCNN().requires_grad_(False) for _ in range(10)]
     said = {"batch": 4, "models": models}
-    (code,) = [cell.code for cell in cells_of(NAME) if "moved = {" in cell.code]
-    exec(code, said)
+    exec(next(c.code for c in cells_of(NAME) if "moved = {" in c.code), said)
     x, state = torch.randn(10, 4, 1, 28, 28), stack_module_state(models)
     others = [copy.deepcopy(model).to(**LAST) for model in models]
     forms = {
         "loop": partial(loop, models, x),
         "loop in channels_last": partial(loop, others, [a.to(**LAST) for a in x]),
-        "vmap": partial(vmap(predict_with(SimpleCNN())), *state, x),
+        "vmap": partial(vmap(predict_with(models[0])), *state, x),
         "vmap by hand": partial(by_hand, state[0], x),
     }
     assert said["moved"].keys() == forms.keys()
@@ -98,9 +98,9 @@ def test_vmap_refuses_to_ask_for_channels_last(ask):
 
 def test_a_dtype_a_layout_and_a_number_of_threads_take_a_form_each():
     x, before = torch.ones(4, 2, 3, 3), torch.get_num_threads()
-    assert count_compiled(torch.sin, [(x,), (x.double(),), (x.to(**LAST),)]) == 3
+    assert count_compiled([torch.sin] * 3, [[x], [x.double()], [x.to(**LAST)]]) == 3
     calls = ((torch.set_num_threads(before + more), x)[1:] for more in (0, 1))
-    assert count_compiled(torch.cos, calls) == 2
+    assert count_compiled([torch.cos] * 2, calls) == 2
     torch.set_num_threads(before)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pages import names_of
+from pages import cells_of, functions_of, names_of
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Of torch itself, while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+PAGE = "speed/plot_fastest_mlp"
 NAMES = ["mlp", "predict", "predict_shared", "alone"]
-PAGE = names_of("speed/plot_fastest_mlp", *NAMES)
-mlp, predict, predict_shared, alone = map(PAGE.get, NAMES)
+mlp, predict, predict_shared, alone = map(names_of(PAGE, *NAMES).get, NAMES)
 
 
 with torch.device("meta"):
@@ -64,15 +64,37 @@ def test_a_member_needs_three_operators_vmap_seven_and_by_hand_three_for_all():
     assert wide.shapes[0][1] == (4 * 7, 5), "the weights of all members"
 
 
+def test_on_a_cpu_baddbmm_writes_the_bias_first():
+    params, x = some()
+    with torch.profiler.profile(acc_events=True) as profiler:
+        predict(params, x)
+    names = [event.name for event in profiler.events()]
+    assert names.count("aten::copy_") == names.count("aten::baddbmm") == 2
+
+
 @pytest.mark.parametrize("form", ["vmap", "by hand", "alone"])
-def test_dynamic_compiles_once_for_all_sizes(form):
+def test_dynamic_compiles_once_for_all_sizes_above_1_and_for_each_size_of_1(form):
     torch.compiler.reset()
     function = {"vmap": vmap(one), "by hand": predict, "alone": alone}[form]
     counter = CompileCounter()
     compiled = torch.compile(function, backend=counter, dynamic=True)
-    for members, rows, sizes in [(100, 16, (64, 32, 10)), (16, 64, (78, 104, 10))]:
+    above = [(100, 16, (64, 32, 10)), (16, 64, (78, 104, 10)), (7, 7, (7, 7, 7))]
+    ones = [(9, 1, (5, 7, 3)), (9, 6, (1, 7, 3)), (9, 6, (5, 1, 3)), (9, 6, (5, 7, 1))]
+    steps = zip([1, 1, 1, 2, 3, 4, 5], above + ones, strict=True)
+    for forms, (members, rows, sizes) in steps:
         params, x = some(members, rows, sizes)
         if form == "alone":
             params, x = [p[0] for p in params.values()], x[0]
         torch.testing.assert_close(compiled(params, x), function(params, x))
-        assert counter.frame_count == 1
+        assert counter.frame_count == forms
+
+
+def test_the_check_notices_square_weights_that_are_not_transposed():
+    (cell,) = [cell.code for cell in cells_of(PAGE) if "together = " in cell.code]
+    check, (params, x) = cell[cell.index("params64 =") :], some(sizes=(5, 5, 5))
+    right, given = functions_of(PAGE, *NAMES), {"one": one, "params": params, "x": x}
+    exec(right + check, {**given})
+    for weights in ["w1", "w2"]:
+        wrong = right.replace(f"{weights}.mT", weights)
+        with pytest.raises(AssertionError, match="by hand is not what vmap computes"):
+            exec(wrong + check, {**given})

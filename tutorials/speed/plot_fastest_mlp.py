@@ -1,17 +1,15 @@
 """
-The fastest way to run many MLPs
-================================
+Faster ways to run many MLPs
+============================
 
 Predict with an ensemble of MLPs in one batched matrix product for each layer, and see
-what each step from a loop to these lines gains on your machine.
+what each step from a loop over the models to such products gains on your machine.
 
 **In short.** Stack the weights, and write each layer as one ``torch.baddbmm``: this
 computes what ``vmap`` computes, with fewer operators. What it gains over a loop depends
-on the networks, so each step is timed twice: with 1,000 small ones, and with 16 larger
-ones.
+on the networks, so each step is timed twice: with 1,000 small ones and 16 larger ones.
 
-Read ``plot_ensembling.py`` before. For CNNs, see ``plot_fastest_ensemble.py``; to
-train, see ``plot_faster_training.py``.
+Read ``plot_ensembling.py`` before. To train, see ``plot_faster_training.py``.
 """
 
 # %%
@@ -95,8 +93,7 @@ print(f"vmap and both functions: at most {apart.max():.0e} apart in float64")
 # Two ways take turns, and the gain is the median of the ratios within a turn. A way
 # counts as faster or slower if the whole 95 % interval, in brackets, lies more than 2 %
 # from 1. **"No difference seen" with a wide interval decides nothing**: repeat the run
-# on a quiet machine. Compare the two times of a line only: a way can take another time
-# beside another rival, probably because of what that leaves in the caches.
+# on a quiet machine. Compare the two times of a line only.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -130,8 +127,9 @@ def said(gain, low, high):
 
 # %%
 # Each step takes turns with the way that it changes, after four calls of each, at both
-# sizes, in float32 unless named, without gradients. Times are medians of seven turns or
-# more. Logits have to agree to within 1e-5, in bfloat16 to within 0.02.
+# sizes, in float32 unless named, without gradients. A rival's time is a median of seven
+# turns or more; the way's is that, divided by the gain. Logits have to agree to within
+# 1e-5, in bfloat16 to within 0.02.
 
 rows = 64 if device == cpu else 1024
 larger = [mlp(784, 1024, 10).to(device) for _ in range(16)]
@@ -189,23 +187,25 @@ step("vmap", "better loop", vmap(one), stacks)
 # Step 3 (on step 2): by hand
 # ---------------------------
 #
-# ``vmap`` adds each bias after the product, in a pass of its own, and its ``relu``
-# writes a new tensor. ``baddbmm`` adds the bias within the product, and ``relu_`` works
-# in place: three operators remain (tested).
+# ``vmap`` scales each bias, adds it after the product in a pass of its own, and its
+# ``relu`` writes a new tensor. ``baddbmm`` writes the bias first and lets the product
+# add to it (tested on CPUs), and ``relu_`` works in place. Three operators remain
+# (tested).
 
 step("by hand", "vmap", predict, stacks)
 step("by hand", "better loop", predict, stacks)
 
 # %%
-# **If by hand is faster,** that is what ``vmap`` costs here: the products are the same.
+# **If by hand is faster,** that is what ``vmap`` and its further passes cost here.
 #
 # Step 4 (on steps 1 to 3): compile
 # ---------------------------------
 #
 # The compiler can join what stands between the products. With ``dynamic=True`` it
-# compiles once for all sizes (tested). The first calls:
+# compiles once for all sizes above 1 if those of the first call differ; each size of 1
+# takes a further form (both tested). The first calls:
 
-warnings.filterwarnings("ignore", module="torch")  # its remarks on itself; not to copy
+warnings.filterwarnings("ignore", module="torch")  # of torch.compile
 compiled_vmap = torch.compile(vmap(one), dynamic=True)
 compiled_predict = torch.compile(predict, dynamic=True)
 compiled_alone = torch.compile(alone, dynamic=True)
@@ -215,20 +215,18 @@ try:
     compiled_predict(params, x)
     compiled_alone(unstacked[0][0], x[0])
     print(f"compiling three functions took {timer() - start:.1f} s")
-except RuntimeError as problem:
+except torch._dynamo.exc.TorchDynamoException as problem:
     compiler = False
-    print("No C++ compiler was found, or none works:", str(problem).splitlines()[0])
+    print("The compiler failed:", str(problem).splitlines()[0])
 
 # %%
-# A loop can call one compiled member, too: timed with 16 members of each size.
+# The better loop can call one compiled member, too.
 
-few = [members[:16] for members in unstacked], [x[:16] for x in inputs]
 if compiler:
     step("compiled vmap", "vmap", compiled_vmap, stacks)
     step("compiled vmap", "by hand", compiled_vmap, stacks)
     step("compiled by hand", "by hand", compiled_predict, stacks)
-    step("loop of 16", None, partial(loop, alone), *few)
-    step("compiled loop of 16", "loop of 16", partial(loop, compiled_alone), *few)
+    step("compiled loop", "better loop", partial(loop, compiled_alone), unstacked)
 
 # %%
 # **If compiled vmap is as fast as by hand,** you need not write the layers yourself.
@@ -250,14 +248,14 @@ step("by hand, shared", "vmap, shared", predict, stacks, views)
 step("wide product", "by hand, shared", predict_shared, stacks, shared)
 
 # %%
-# The operations are the same, so a difference is probably one of the library, between
-# one large product and several smaller ones.
+# Between the last two, the operations are the same, so a difference is probably one of
+# the library, between one large product and several smaller ones, or of the layout.
 #
 # Step 6 (on step 3): fewer bits
 # ------------------------------
 #
-# bfloat16 stores a number in half of the bytes, with 7 bits of fraction, and some
-# processors multiply faster in it. Convert the weights once.
+# bfloat16 stores 7 bits of fraction in half of the bytes, and some processors multiply
+# faster in it. Convert the weights once.
 
 half = torch.bfloat16
 stacks16 = [{name: p.to(half) for name, p in params.items()} for params in stacks]
@@ -268,10 +266,10 @@ step("by hand, bfloat16", "by hand", predict, stacks16, inputs16, tolerance=0.02
 # Step 7 (on NVIDIA GPUs): a CUDA graph
 # -------------------------------------
 #
-# On other devices, the next cell prints nothing. A CUDA graph records all that a way
-# starts, and starts it as one, in fixed memory: copy new inputs into the old ones, and
-# copy the logits before the next call. ``mode="reduce-overhead"`` compiles and records,
-# but copies the stacked parameters in every call (pytorch#121861).
+# A CUDA graph records all that a way starts, and starts it as one, in fixed memory:
+# copy new inputs into the old ones, and copy the logits before the next call.
+# ``mode="reduce-overhead"`` compiles and records, but copies the stacked parameters in
+# every call (pytorch#121861).
 
 
 def recorded(way):
@@ -309,16 +307,16 @@ print(f"By hand beside the better loop: {verdict}.")
 fig, ax = plt.subplots(figsize=(6.4, 6.4), layout="constrained")
 for number, size in enumerate(ensembles):
     gain, low, high = torch.tensor([both[number] for both in gains.values()]).T.numpy()
-    y = [row + 0.3 * number for row in range(len(gains))]
+    y = [row - 0.15 + 0.3 * number for row in range(len(gains))]
     ax.errorbar(gain, y, xerr=[gain - low, high - gain], fmt="os"[number], label=size)
 ax.axvspan(0.98, 1.02, color="C5", alpha=0.4, label="up to 2 %")
 labels = [f"{name}\n(beside {before})" for name, before in gains]
-ax.set_yticks(y, labels, fontsize="small")
+ax.set_yticks(range(len(gains)), labels, fontsize="small")
 ax.invert_yaxis()
 ax.set_xscale("log", base=2)
 ax.xaxis.set_major_formatter("{x:g}")
 ax.set_xlabel("gain, with its interval")
-ax.set_title(f"Ways to predict, float32, {where}")
+ax.set_title(f"Ways to predict, {where}")
 fig.legend(loc="outside lower center", ncols=3)
 fig.set_label(
     "The gain of each step with its interval, for 1,000 small networks and for 16 "
@@ -327,8 +325,7 @@ fig.set_label(
 
 # %%
 # **If vmap beats the better loop only with small networks,** their calls probably take
-# longer than their work. Where an interval reaches the band, no difference was seen:
-# keep what is simpler.
+# longer than their work. If a narrow interval reaches the band, keep what is simpler.
 #
 # How fast could it be?
 # ---------------------
@@ -336,9 +333,9 @@ fig.set_label(
 # For each member, a layer does 2 · rows · in · out operations, and moves in · out
 # weights and rows · (in + out) activations, of 4 bytes each. With few rows, the weights
 # count most, with rows / 2 operations for each of their bytes, so that to read them
-# should take longer than to multiply. Beside the time by hand stands how long the
-# operations would take at the rate of a square product, and the bytes at that of a
-# copy, all timed in turns:
+# should take longer than to multiply. Each time by hand is followed by the part of it
+# that the operations would take at the rate of a square product, and the bytes at that
+# of a copy, all timed in turns (interval):
 
 side = 1024 if device == cpu else 4096
 square, source = [torch.randn(n, side, device=device) for n in (side, 8192)]
@@ -350,15 +347,21 @@ for name, stack, data in [*cases, ("16 larger", stacks[1], one_row)]:
     rows, shapes = data.shape[1], [p.shape for p in stack.values() if p.dim() == 3]
     work = sum(2 * n * rows * a * b for n, a, b in shapes)
     moved = sum(4 * n * (a * b + rows * (a + b)) for n, a, b in shapes)
-    found = in_turns(partial(predict, stack, data), *limits, seconds=0.2)
-    time, product, copy = [1e3 * seconds for seconds, *_ in found]
+    (time, *_), *found = in_turns(partial(predict, stack, data), *limits, seconds=0.2)
     print(f"{name}, rows: {rows}, {work / moved:.1f} operations a byte:")
-    product, copy = product * work / (2 * side**3), copy * moved / (2 * source.nbytes)
-    print(f"    {time:.3g} ms; operations {product:.3g} ms, bytes {copy:.3g} ms")
+    print(f"    by hand {time * 1e3:.3g} ms")
+    parts = {"operations": work / (2 * side**3), "bytes": moved / (2 * source.nbytes)}
+    for (part, of), (_, gain, low, high) in zip(parts.items(), found, strict=True):
+        print(f"    {part} {of / gain:.0%} ({of / high:.0%} to {of / low:.0%})")
+
+both = [partial(predict, stacks[1], data) for data in (one_row, inputs[1])]
+rows, (_, *gain) = inputs[1].shape[1], in_turns(*both, seconds=0.2)[1]
+print(f"16 larger: {rows} rows in one call, beside {rows} times a call of one:")
+print(f"    {said(*(rows * g for g in gain))}")
 
 # %%
-# The longer of the two is a rough limit in float32; a cache can beat that of the bytes.
-# The last two cases say what it is worth to collect rows before you predict.
+# The larger part is a rough limit in float32; a cache can beat that of the bytes. The
+# last line says what it is worth to collect rows before you predict.
 #
 # The mistake: weights that are not transposed
 # --------------------------------------------
@@ -381,7 +384,8 @@ print(f"square: no error, but outputs are up to {off.abs().max():.2f} off")
 # Remember
 # --------
 #
-# - Write each layer as one ``baddbmm``, and check it in float64 against ``vmap``.
+# - With many small networks, write each layer as one ``baddbmm``, and check it against
+#   ``vmap`` in float64.
 # - Compare with the better loop, at your own sizes.
 # - Collect rows before you predict: with few rows, most bytes are weights.
 #
