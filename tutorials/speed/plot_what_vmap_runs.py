@@ -297,7 +297,7 @@ if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
     keep_memory()
     gains.append(compare())
     found["memory kept"] = by_operator(loop, one_call)
-    print(f"with memory kept: {page_faults():,}")
+    print(f"page faults, memory kept: {page_faults():,}")
     for memory, rows in found.items():
         more = sum(rows[name][1] - rows[name][0] for name in ("add", "copy_"))
         print(f"{memory}: add, copy_ {more:.1f} ms more, predicted {1e3 * extra:.1f}")
