@@ -194,7 +194,8 @@ for name, size in {"all at once": 1000, f"in groups of {n}": n}.items():
 # -----------------------
 #
 # Here a limit makes memory short: on CUDA PyTorch's own, on Linux one of
-# the address space; memory that the process has freed but kept comes on top. On other
+# the address space; memory that the process has freed but kept comes on
+# top (if both train, lower ``mb``). On other
 # systems the call succeeds. The
 # minibatches are four times as large as before.
 
@@ -225,7 +226,7 @@ def error_within(mb, call):
 
 # %%
 
-mb = 30 * num_models
+mb = 200 if device.type == "cpu" else 30 * num_models
 for name, size in {"all at once": num_models, f"in groups of {n}": n}.items():
     error = error_within(mb, lambda size=size: train(num_models, size, 4 * images))
     outcome = error.splitlines()[0] if error else "trained"

@@ -96,9 +96,9 @@ try:
     train_step(compiled_gradient, params, optimizer.step, x, y)
     first_call = timer() - start
     print(f"the first call of the compiled gradient took {first_call:.1f} s")
-except RuntimeError as error:
+except torch._dynamo.exc.TorchDynamoException as error:
     compiler = False
-    print("No C++ compiler was found, or none works:", str(error).splitlines()[0])
+    print("The compiler failed:", str(error).splitlines()[0])
     print("The compiled forms are left out.")
 
 # %%
