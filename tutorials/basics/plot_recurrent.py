@@ -7,10 +7,10 @@ Call and train many recurrent networks at once, although ``torch.func.vmap`` ref
 
 **In short.** Give the skeleton of your model the class ``UnrolledLSTM`` or
 ``UnrolledGRU`` below in place of ``nn.LSTM`` or ``nn.GRU``: it has the same parameters,
-computes the same up to rounding, and ``vmap`` accepts it. To predict, it runs about a
-dozen operators in each time step of a layer for all models together, so it can be
-slower than a loop of ``nn.LSTM``, where one operator runs all time steps: the table
-below says when it pays.
+computes the same up to rounding (checked in float64), and ``vmap`` accepts it. To
+predict, it runs about a dozen operators in each time step of a layer for all models
+together; a loop of ``nn.LSTM`` runs one for all time steps of a layer and can be
+faster: see the table below.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -198,8 +198,8 @@ print(f"last losses: {losses.min():.3f} to {losses.max():.3f}; noise: {0.1**2:.3
 # -----------------------------------
 #
 # All models read the 300 known numbers, which they share. Then each goes on from its
-# state, with its own last prediction as the next input. Errors are root mean squares; a
-# copy repeats the last 25 known numbers:
+# state, with its own last prediction as the next input. Errors are root mean squares
+# against the series without noise; a copy repeats the last 25 known, noisy numbers:
 
 with torch.no_grad():
     read, h = vmap(forecast, in_dims=(0, None))(params, series[None, :300, None])
@@ -307,8 +307,8 @@ def forms(kind, n):
 # Predictions run without autograd. The loop's time is a median of at least seven turns,
 # warm; one call's is that over the median gain, whose interval is in brackets. Up to 2
 # percent is no difference. A CPU runs one thread here, which other programs disturb
-# less. Two helped one call on two idle Xeon cores (2026): it trained 64 LSTMs 1.4 to
-# 1.8 times as fast as the loop.
+# less, and what follows holds for one thread. With more, the winner may change: remove
+# ``torch.set_num_threads(1)`` to see.
 
 
 class Count(TorchDispatchMode):
@@ -343,8 +343,9 @@ print(f"One call against the loop on {where}:", *table, sep="\n")
 # %%
 # **More models mean more operators in the loop, and no more in one call.** Where the
 # loop is faster, keep it, and ask again with more models. Where one call has fewer
-# operators and is not faster, each of them takes longer on average, probably because
-# Python and ``vmap`` start it and because it computes for all models.
+# operators and is not faster, its own take longer:
+# probably Python and ``vmap`` start them, each computes for all models, and those of
+# oneDNN are fused.
 #
 # By default ``torch.compile`` skips classes derived from ``nn.LSTM`` and ``nn.GRU``.
 # With ``torch._dynamo.config.allow_rnn = True``, which is experimental, it does not

@@ -152,8 +152,8 @@ def said(gain, low, high):
 # ---------------------
 #
 # The **roof** is the speed of a wide matrix product in float32, here a convolution of
-# 1,024 channels, pixel by pixel: measured, no limit of the hardware. What does few
-# operations for each byte may first meet the speed of a copy, which large caches help.
+# 1,024 channels, pixel by pixel: measured, no limit of the hardware. A step with few
+# operations for each byte meets the speed of a copy first; large caches raise it.
 
 rows, half = 4 if device == cpu else 256, torch.bfloat16
 wide = torch.randn(rows, 1024, 16, 16, device=device).contiguous(memory_format=last)
@@ -188,7 +188,9 @@ moved["vmap by hand"] = moved["loop"]
 # %%
 # Each step has to return what float64 gives on the CPU, to within 1e-5, in bfloat16
 # 1e-2, which only catches mistakes. Then it takes turns with the steps that it builds
-# on and with the wide product. Compare ratios, not milliseconds of two steps.
+# on and with the wide product. A share is a median of ratios within turns, so that
+# changes of the machine's speed cancel in it, but not in the milliseconds: do not
+# compute one from the other, nor compare milliseconds of two steps.
 
 models64 = [copy.deepcopy(model).cpu().double() for model in models]
 exact = loop(models64, minibatches.cpu().double())

@@ -333,9 +333,9 @@ fig.set_label(
 # For each member, a layer does 2 · rows · in · out operations, and moves in · out
 # weights and rows · (in + out) activations, of 4 bytes each. With few rows, the weights
 # count most, with rows / 2 operations for each of their bytes, so that to read them
-# should take longer than to multiply. Each time by hand is followed by the part of it
-# that the operations would take at the rate of a square product, and the bytes at that
-# of a copy, all timed in turns (interval):
+# should take longer than to multiply. Below each time by hand stand two parts of it:
+# what the operations alone would take, at the rate of a square product, and what the
+# bytes alone would take, at the rate of a copy (intervals in brackets):
 
 side = 1024 if device == cpu else 4096
 square, source = [torch.randn(n, side, device=device) for n in (side, 8192)]
@@ -384,7 +384,8 @@ print(f"square: no error, but outputs are up to {off.abs().max():.2f} off")
 # Remember
 # --------
 #
-# - With many small networks, write each layer as one ``baddbmm``, and check it against
+# - Write each layer as one ``baddbmm``, most of all for many small networks, and check
+#   it against
 #   ``vmap`` in float64.
 # - Compare with the better loop, at your own sizes.
 # - Collect rows before you predict: with few rows, most bytes are weights.

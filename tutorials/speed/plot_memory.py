@@ -8,8 +8,8 @@ groups of members, and find from two measurements of your own network how many f
 **In short.** To predict, ``vmap(..., chunk_size=k)`` under ``no_grad`` holds the
 intermediate tensors of ``k`` members at a time. To train, give each group of ``k``
 members a stack, a backward pass and an optimizer of its own. A loop in which each
-model has an optimizer of its own needs least memory: the run prints what each way costs
-in time.
+model has an optimizer of its own needs least memory of the four ways
+measured: the run prints the time of each.
 
 **Before you start**, read ``plot_ensembling.py``, which explains ``vmap`` and
 ``functional_call``.
@@ -75,8 +75,8 @@ print(list(logits.shape))
 # Train: backward for some members at a time
 # ------------------------------------------
 #
-# Without ``no_grad``, chunks of a prediction save little, because autograd keeps the
-# tensors of all of them. To train, split the ensemble: members are independent, so it
+# Without ``no_grad``, chunks save little, because autograd keeps the tensors of all of
+# them (last section). To train, split the ensemble: members are independent, so it
 # may be several small ones, each with its own optimizer. A group that waits holds its
 # parameters and Adam's state, but neither gradients nor activations.
 # ``stack_module_state`` copies; with a generator of models, those of one group at a
@@ -193,11 +193,10 @@ for name, size in {"all at once": 1000, f"in groups of {n}": n}.items():
 # The error, and its cure
 # -----------------------
 #
-# Here a limit makes memory short: on CUDA PyTorch's own, on Linux one of
-# the address space; memory that the process has freed but kept comes on
-# top (if both train, lower ``mb``). On other
-# systems the call succeeds. The
-# minibatches are four times as large as before.
+# Here a limit makes memory short: on CUDA PyTorch's own, on Linux one of the address
+# space; memory that the process has freed but kept comes on top, so that a peak
+# somewhat above ``mb`` may train (if both do, lower ``mb``). On other systems the call
+# succeeds. The minibatches are four times as large as before.
 
 
 def error_within(mb, call):
@@ -300,7 +299,7 @@ fig.set_label(f"Memory in one training step, by kind. {'; '.join(found)}.")
 # Groups train what a loop trains
 # -------------------------------
 #
-# The loop has a model and an Adam of its own for each member, or one Adam for all. In
+# The loop has a model and an Adam of its own for each member. In
 # float64, on the CPU, rounding stays below 1e-10 here.
 
 
@@ -395,8 +394,8 @@ for (name, way), (seconds, *gain) in zip(ways.items(), times, strict=True):
 # Stacked parameters require gradients. Where autograd records outside of ``vmap``, it
 # saves tensors of every chunk for a later backward pass, and **the call needs more
 # memory** (tested). The peaks are those of gradients, without an optimizer. Even the
-# first one holds the results twice, in parts and together. Chunks without ``no_grad``
-# may need more than no chunks at all.
+# first one holds the results twice, in parts and together. ``grad`` in chunks without
+# ``no_grad`` may need more than one backward pass without chunks.
 
 
 def chunks():
@@ -420,7 +419,8 @@ print(f"one backward, no chunks: {peak_mb(partial(one_backward, None)):.0f} MB")
 # ``chunk_size`` bounds the intermediate tensors of a call under ``no_grad``; its
 # results it may hold twice. To train, give each group of members a stack, a backward
 # pass and an optimizer, or keep a loop where it is not slower: with an optimizer for
-# each model it needs least. Two measurements of your own network say how many fit.
+# each model it needed least here. Two measurements of your own network forecast how
+# many fit: measure that number, too.
 #
 # Next
 # ----

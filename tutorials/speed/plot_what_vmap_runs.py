@@ -106,8 +106,8 @@ for side, left, right in zip(["forward", "backward"], looped, batched, strict=Tr
 # - **A convolution becomes one grouped convolution**, forward and backward. The models
 #   are folded into the channels, 40 in place of 4; with ``groups=10`` no model sees the
 #   channels of another. If all models share ``x``, no groups are needed (tested).
-# - **A linear layer becomes one batched matrix product**: ``bmm`` in place of ``addmm``
-#   and ``mm``.
+# - **Each matrix product of a linear layer becomes a batched one**: ``bmm`` in place of
+#   ``addmm`` and ``mm``.
 # - **A bias is split off.** Its ``add`` moves a whole result once more (``mul`` scales
 #   it by 1).
 #
@@ -168,8 +168,8 @@ for name, seen in {"loop": looped, "vmap": batched}.items():
 #
 # **What should happen.** Loop and ``vmap`` do the same arithmetic. ``vmap`` starts
 # fewer operators and moves more bytes. So expect at most the loop's time plus the time
-# for the extra bytes, at the rate of one large addition in memory that is not fresh
-# (caches ignored).
+# to move the extra bytes. Their rate is that of one large addition in memory that was
+# used before; caches are ignored.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -257,9 +257,9 @@ def by_operator(*ways, rounds=3):
 found = {"memory as it is": by_operator(loop, one_call)}
 
 # %%
-# Means of three calls; the rows below the first add up to it. Its difference from the
-# time above is the profiler's work, or noise. (``clamp_min`` is the ``relu``, ``copy_``
-# the ``clone``.) Read the column "more":
+# Means of three calls; the rows below the first add up to it. It differs from the time
+# above by the profiler's work, by running one way at a time, and by noise.
+# (``clamp_min`` is the ``relu``, ``copy_`` the ``clone``.) Read the column "more":
 #
 # - **Nearly only vmap has** ``add`` and ``copy_``. The prediction contains their bytes,
 #   but not in fresh memory.
@@ -335,8 +335,8 @@ fig.set_label(
 # --------------------------------
 #
 # The second convolution of the CNN, as ten convolutions and with ``groups=10``, on the
-# same numbers. What differs is the groups, the number of calls, and, unless memory is
-# kept, how much of it is fresh:
+# same numbers. What differs is the groups, the layout, the number of calls, and, unless
+# memory is kept, how much of it is fresh:
 
 xs = torch.randn(10, len(minibatches[0]), 32, 26, 26, device=device)
 weights = torch.randn(10, 64, 32, 3, 3, device=device)
@@ -349,8 +349,8 @@ print(f"{memory}: ten {1e3 * ten:.4g}, groups {1e3 * grouped:.4g} ms: {said(*aga
 
 # %%
 # **Where groups are slower**, as on a GPU in `pytorch#73764
-# <https://github.com/pytorch/pytorch/issues/73764>`_, keep the loop for convolutions,
-# or, if your task allows it, share the input.
+# <https://github.com/pytorch/pytorch/issues/73764>`_, keep the loop for convolutions; a
+# shared input frees only the first one of groups.
 #
 # There is a performance drop because we have not yet implemented the batching rule
 # ---------------------------------------------------------------------------------

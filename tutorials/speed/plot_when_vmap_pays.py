@@ -6,11 +6,11 @@ Find out in a minute, for your own models and on your own machine, whether one c
 ``torch.func.vmap`` is faster than a for loop over the models.
 
 **In short.** A loop pays the overhead of its operators once for each model; one call
-pays an overhead of its own once, and that one is larger. **Many small models have most
-to gain, one small model loses**, and where each model keeps the machine busy there is
-little to save.
+pays an overhead once, larger than that of one model in a loop. **Many small models have
+most to gain, one small model loses**, and where each model keeps the machine busy, one
+call saves little or loses. The two cells below measure which case is yours.
 
-To know before: how many models become one call, in ``plot_ensembling.py``.
+Before you start, read ``plot_ensembling.py``: how many models become one call.
 """
 
 # %%
@@ -147,7 +147,8 @@ print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 # A training step is forward, backward and SGD. The loop has one optimizer and one
 # backward pass for all models: a *sum* of losses gives each model its own gradient.
 # Most of the operators that ``vmap`` adds are in the forward pass, none are in the
-# optimizer (tested), so training should pay from no more models than prediction.
+# optimizer (tested). Training pays from fewer models where :math:`b - d` grows more
+# than :math:`c - a`.
 
 
 def step(optimizer, losses):
@@ -275,8 +276,8 @@ fig.set_label(
 #
 # The forward pass again, with smaller and larger minibatches. Larger ones add work to
 # both slopes. If they add the same to both, the gain comes nearer to one; if they add
-# more to :math:`d`, the call can lose. Where the intervals of two gains overlap, this
-# run does not tell them apart.
+# more to :math:`d`, the call can lose. Only gains whose intervals do not overlap are
+# told apart here.
 
 some = [1, 16, two[1], most]
 more = {
@@ -316,12 +317,12 @@ for size, guess, (gain, low, high), off in rows:
 # A gain below one is a loss. Where the predicted gain lies inside of the interval, the
 # error can be noise. Elsewhere a line is not straight, or the machine's speed changed
 # between sizes, or the noise of the two sizes is in the prediction. Errors of one sign
-# speak for the first.
+# decide nothing, because all share the two sizes.
 #
 # vmap slower than a for loop? Three reasons
 # ------------------------------------------
 #
-# **Too few models**, at the left ends of the curves: the rule says how many.
+# **Too few models**, at the left ends of the curves: the rule estimates how many.
 #
 # **Too large tensors.** One call holds the activations of all models. ``chunk_size``
 # takes the models in pieces: the same arithmetic, smaller tensors, more operators.

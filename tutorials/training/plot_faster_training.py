@@ -163,10 +163,9 @@ print(f"losses of 20 steps: at most {max(off):.0e} apart in float64")
 # ---------------------------
 #
 # One rule for "faster": the ways take turns, the gain is the median of the ratios
-# within a turn, and the brackets are its interval: if turns were independent, it would
-# hold the median gain in at least 95 of 100 runs. A form counts as faster or slower if
-# its whole interval lies more than 2 percent from 1, so "no difference seen" does not
-# say that two forms are equal.
+# within a turn, and the brackets hold its 95 % interval. A form counts as faster or
+# slower if its whole interval lies more than 2 percent from 1, so "no difference seen"
+# does not say that two forms are equal.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -259,8 +258,9 @@ step("fused Adam", loop(better_loop_step, fused=True), "one Adam")
 # ---------------------------------
 #
 # This is the step to copy, not compiled: first with the fused Adam, then with one that
-# is not fused. The same gradients are written by hand below, where they are copied into
-# order: ``vmap`` adds the bias after the product, and takes the loss apart (tested).
+# is not fused. Last, the same gradients by hand. They save operators, because ``vmap``
+# adds the bias after the product and takes the loss apart (tested), but have to be
+# copied into order.
 
 
 def gradient_by_hand(params, x, y):
@@ -349,11 +349,11 @@ fig.set_label(
 
 # %%
 # **Keep what gains; where a narrow interval shows no difference, keep what is
-# simpler.** After a wide one, repeat the run on a quiet machine. Where a narrow one
-# contradicts what should happen, the reason given above is not the whole one on this
-# machine. If the form by hand is faster, the reason is probably that it calls fewer
-# operators (their number is tested). If the compiled loop gains nothing, the reason is
-# probably that every call of a compiled function first checks what it is given.
+# simpler.** After a wide one, repeat the run on a quiet machine. By hand and compiled
+# were not timed beside each other. If the form by hand is faster, the reason is
+# probably that it calls fewer operators (their number is tested). If the compiled loop
+# gains nothing, the reason is probably that every call of a compiled function first
+# checks what it is given.
 #
 # The mistake: to compile a short training
 # ----------------------------------------
