@@ -71,3 +71,10 @@ def test_one_overflow_skips_the_step_of_all(params, overflows):
     moved = (params["0.weight"] != old).flatten(1).any(dim=1)
     assert moved.sum() == (0 if overflows else NUM_MODELS)
     assert scaler.get_scale() == (2.0**15 if overflows else 2.0**16)
+
+
+def test_multinomial_takes_rows_of_others_where_a_subset_is_too_small():
+    chance = torch.zeros(1, 100)
+    chance[0, :10] = 1
+    rows = torch.multinomial(chance, 32)
+    assert (rows >= 10).sum() == 22

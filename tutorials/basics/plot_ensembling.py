@@ -104,8 +104,8 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 #   tensor, with a row for each model. It does the same with buffers; this network has
 #   none. A later change of ``models[3]`` does not reach ``params``.
 # - ``functional_call`` runs a module with parameters that you hand it, so ``predict``
-#   is *one* model as a function of tensors; ``strict=True`` accepts
-#   none that is missing or unknown.
+#   is *one* model as a function of tensors; ``strict=True`` refuses missing and unknown
+#   names.
 # - ``vmap`` maps that function over the models. ``in_dims`` names, for each argument,
 #   the dimension that counts them: 0 by default, ``None`` for what all share.
 #
@@ -113,8 +113,9 @@ print("option 1:", list(own.shape), " option 2:", list(shared.shape))
 # --------------------
 #
 # One large kernel may add numbers in another order than ten small ones, so the last
-# digits in float32 may differ. To tell rounding from a mistake, eight images are
-# computed in float64 as well. ``plot_how_equal.py`` explains the tolerance in float32.
+# digits in float32 may differ. To tell rounding from a mistake, option 1 is computed in
+# float64 as well, for eight images (option 2: tested). ``plot_how_equal.py`` explains
+# the tolerance in float32.
 
 
 def in64(state):
@@ -157,13 +158,15 @@ for case, one_call, loop, tol in [
 #
 # - to win with many models that are each too small to keep the device busy;
 # - to lose with a few small models, because ``vmap`` itself takes time;
-# - to lose with ten CNNs on a CPU, probably because of the large results.
+# - to lose with ten CNNs on a CPU, probably because of large results and
+#   added operators.
 #
 # Which is faster here?
 # ---------------------
 #
 # We time option 1 for the CNN and for a small MLP, without autograd or compilation. You
-# can skip the next cell, which compares times fairly on a busy machine.
+# can skip the next cell: the ways take turns, so that other programs meet both alike.
+# "No difference seen" does not mean equal.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -319,8 +322,9 @@ for other, hits in {"one of them, on average": right.mean(0), "rival": alone}.it
 
 # %%
 # The error is the standard error over the digits, for these models. **The mean can gain
-# where wrong answers differ.** If the last line is negative, one model that learned ten
-# times as long was better than ten that learned little: an ensemble is for models to
+# where wrong answers differ.** If the last line is below zero by more than twice
+# its error, one model that learned ten times as long was better than ten that learned
+# little: an ensemble is for models to
 # which more training adds little (``plot_more_members.py``). Where members disagree,
 # the ensemble is unsure: see ``plot_unknown_inputs.py``.
 #
@@ -338,7 +342,8 @@ except ValueError as error:
 # %%
 # The cure is ``in_dims=(0, 0, None)``. With ten images in the batch, the sizes agree
 # and each model gets one image. This CNN still stops, with an error that does not name
-# the cause; linear layers compute a wrong result without an error (tested). Look at the
+# the cause; linear layers compute a wrong result without an error (that is
+# tested). Look at the
 # shape, which has to be ``[model, image, class]``.
 #
 # Remember

@@ -113,9 +113,9 @@ except torch._dynamo.exc.TorchDynamoException as problem:
 # -----------------------------
 #
 # Ways that are compared take turns, so that other programs meet them about alike. A
-# difference counts if its whole interval lies more than 2 % from 1; of twenty such
-# intervals one may mislead. **"No difference seen" with a wide interval** decides
-# nothing: repeat it on a quiet machine.
+# difference counts if its whole interval lies more than 2 % from 1; if turns were
+# independent, one of twenty such intervals might mislead. **"No difference seen" with a
+# wide interval** decides nothing: repeat it on a quiet machine.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -229,8 +229,8 @@ step("loop", partial(loop, models, minibatches))
 # ------------------------------------------
 #
 # ``vmap`` starts each layer once instead of ten times, which gains where starting takes
-# longer than the work. It loses where its further passes, or convolutions with groups,
-# cost more than that. By hand, without such passes:
+# longer than the work. It loses where its further passes, groups or ten times larger
+# activations cost more. By hand, without such passes:
 
 
 def by_hand(params, x):  # [10, batch, 1, 28, 28]
@@ -248,8 +248,9 @@ step("vmap by hand", partial(by_hand, params, minibatches), "vmap", "loop")
 
 # %%
 # What the form by hand gains over ``vmap`` is the cost of those passes, and of ``vmap``
-# itself. If it loses to the loop, groups (pytorch#73764, against CUDA streams) or ten
-# times larger activations probably cost that.
+# itself. If it loses to the loop, ten times larger
+# activations may cost that, or on a GPU groups (pytorch#73764):
+# ``plot_what_vmap_runs.py`` separates them.
 #
 # Step 2 (on step 0): channels last
 # ---------------------------------
@@ -376,11 +377,11 @@ fig.set_label(
 # --------
 #
 # - Time bfloat16: where its product is not faster, only the bytes can gain.
-# - A compiled function keeps eight compiled forms, all ``torch.compile(vmap(...))``
-#   together keep eight (a function that calls ``vmap`` inside: its own); then calls run
-#   uncompiled. A new dtype, layout or number of threads takes one. Varying batch sizes
-#   take the loop two or three in all, ``vmap`` over convolutions one each (all tested):
-#   pad them to a few sizes.
+# - A compiled function keeps eight compiled forms; further ones run uncompiled. All
+#   ``torch.compile(vmap(...))`` share eight; a function that calls ``vmap`` inside has
+#   its own. A new dtype, layout or number of threads takes one. Of many batch sizes,
+#   the loop needs two or three forms, ``vmap`` over convolutions one for each (all
+#   tested): pad batches to a few sizes.
 #
 # Next
 # ----

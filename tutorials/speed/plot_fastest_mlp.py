@@ -39,8 +39,8 @@ print(f"{where}; float32 precision: {torch.get_float32_matmul_precision()}")
 # The lines to copy
 # -----------------
 #
-# Write one line for each layer. If all members share one input, the second function
-# makes their first layers one wide product.
+# Write one line for each layer. If all members share one input, the second
+# function makes their first layers one wide product: step 5 says whether that gains.
 
 
 def predict(params, x):  # [member, row, in]
@@ -296,7 +296,7 @@ if device.type == "cuda":
 # Which steps gained here?
 # ------------------------
 #
-# The lines to copy beside the better loop, then every step:
+# By hand beside the better loop; every step is in the figure:
 
 best = zip(ensembles, gains["by hand", "better loop"], strict=True)
 verdict = "; ".join(f"{size}, {said(*gain)}" for size, gain in best)
@@ -360,8 +360,9 @@ print(f"16 larger: {rows} rows in one call, beside {rows} times a call of one:")
 print(f"    {said(*(rows * g for g in gain))}")
 
 # %%
-# The larger part is a rough limit in float32; a cache can beat that of the bytes. The
-# last line says what it is worth to collect rows before you predict.
+# The larger part is a rough limit, which a cache can beat for the bytes. Where both are
+# small, something else costs the rest. The last line says what it is worth to collect
+# rows before you predict.
 #
 # The mistake: weights that are not transposed
 # --------------------------------------------

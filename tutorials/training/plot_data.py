@@ -2,9 +2,9 @@
 Feeding an ensemble: loaders, own samples, weights
 ==================================================
 
-Get data to the members of an ensemble: from a ``DataLoader``, or from a file that is
-never read as a whole; the same minibatch for all members, or one for each; with class
-weights for each member, and in half precision.
+Get data to the members of an ensemble: from a ``DataLoader``, or from a file larger
+than the memory; the same minibatch for all members, or one for each; with class weights
+for each member, and in half precision.
 
 **In short.** ``vmap`` takes one minibatch for all members (``in_dims=None``), or a
 stack of minibatches, one for each. An index tensor ``[members, rows]`` makes that stack
@@ -87,8 +87,8 @@ print(f"last batch, one for all: images {list(images.shape)}, {len(losses)} loss
 #   "__main__":`` around its work.
 # - With ``pin_memory=True`` in the loader and ``t.to(device, non_blocking=True)``, the
 #   CPU does not wait for the copy to a CUDA GPU.
-# - The members differ by their first weights alone. A random transform in the data set
-#   is the same for all members.
+# - All members see the same batch, random transforms included: only their first weights
+#   differ.
 #
 # A batch of its own for each member
 # ----------------------------------
@@ -116,8 +116,8 @@ print(f"last batch, one for each: images {list(images.shape)}, {len(losses)} los
 
 # %%
 # Make the list anew for each epoch. Where reading is slow, load a larger batch for all,
-# and let each member take eight steps through it in its own order, by one index tensor
-# on the device:
+# and let each member take eight steps through it, in an order of its own within it, by
+# one index tensor on the device:
 
 loader = DataLoader(data, batch_size=256, shuffle=True)
 images, labels = (t.to(device) for t in next(iter(loader)))  # [256, 64], [256]
@@ -136,8 +136,8 @@ for rows in order.split(32, dim=1):  # [8, 32]
 # ----------------------------------------------
 #
 # Index the data where they are, and move the rows of one step: ``x[rows].to(device)``.
-# A file is indexed in the same way, and NumPy does not read all of it. Move bytes, and
-# make floating-point numbers of them on the device:
+# A file is indexed in the same way: only the pages that hold these rows are read. Move
+# bytes, and make floating-point numbers of them on the device:
 
 with tempfile.TemporaryDirectory() as folder:
     np.save(f"{folder}/images.npy", (16 * x).byte().numpy())
@@ -155,9 +155,9 @@ print(f"a batch of bytes: {batch.nbytes:,}; as float32: {images.nbytes:,}")
 # --------------------------------
 #
 # Subsets of one size are an index tensor: shuffle the indices of each member for an
-# epoch, and split them into steps. For subsets of any size, ``torch.multinomial`` draws
-# rows by probability, of up to 2**24 rows, anew in each step, so that an epoch may
-# repeat or miss rows.
+# epoch, and split them into steps. For subsets of several sizes, ``torch.multinomial``
+# draws rows anew in each step, of up to 2**24. **A subset smaller than the batch gets
+# rows of others, without an error** (tested on the CPU).
 
 num_rows = len(x)
 bootstrap = torch.randint(num_rows, (num_models, num_rows))  # [8, 1797]
@@ -285,8 +285,8 @@ for dtype, factor in [(torch.float16, 1), (torch.float16, 1e3), (torch.bfloat16,
     print(f"{dtype}, images of member 3 times {factor:.0f}: {after}")
 
 # %%
-# **With** ``bfloat16`` **you need no scaler** (scale 1), for it has the range of
-# ``float32``.
+# **With** ``bfloat16`` **you need no scaler** (it is switched off above), for it has
+# the range of ``float32``.
 #
 # Log each member's loss without waiting for the GPU
 # --------------------------------------------------

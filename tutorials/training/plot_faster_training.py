@@ -156,8 +156,8 @@ print(f"losses of 20 steps: at most {max(off):.0e} apart in float64")
 # all parameters, an unfused one on a CPU several for each, and ``vmap`` calls each
 # operator of a layer once for all members (tested). A compiler can join biases,
 # activations and losses into fewer passes over memory, but the matrix products remain.
-# So each change should gain while members are so small that starting a call takes
-# longer than its work.
+# So one backward pass, one fused Adam, ``vmap`` and a compiled gradient should gain
+# while members are so small that starting a call takes longer than its work.
 #
 # Which form is fastest here?
 # ---------------------------
@@ -289,8 +289,8 @@ step("by hand", one_call(gradient_by_hand), "vmap")
 # Step 5: compile the gradient
 # ----------------------------
 #
-# This is the step to copy, compiled. To compare like with like, the loop is compiled,
-# too: one function computes the gradient of one member. It is compiled once for all
+# This is the step to copy, compiled. The loop is compiled, too, with one call for each
+# member: one function computes the gradient of one member. It is compiled once for all
 # members (tested), and one fused Adam follows.
 
 compiled_member = torch.compile(grad_and_value(member_loss))
@@ -373,8 +373,8 @@ if compiler:
     print(f"The first call took {first_call:.1f} s. Earned back: {text}.")
 
 # %%
-# A minibatch of another size, or another number of members, is compiled anew (tested):
-# drop the last minibatch of an epoch if it is smaller.
+# Each new size of minibatch or number of members is compiled once (tested), up to eight
+# forms: drop a smaller last minibatch, or pay once more.
 #
 # Remember
 # --------

@@ -182,7 +182,8 @@ print(f"{lost[beyond].sum()} of {beyond.sum()} where rate * decay > 2, ", end=""
 print(f"{lost[~beyond].sum()} of {(~beyond).sum()} elsewhere")
 
 # %%
-# A value **at an edge** was not tried on both sides: extend the grid there.
+# A value **at an edge** was not tried on both sides: extend the grid there, unless
+# steps, rate and decay multiply to far less than 1.
 
 fig, ax = plt.subplots(layout="constrained")
 shown = mean.where(mean.isfinite(), torch.nan).numpy()
@@ -286,11 +287,12 @@ print(
 print(f"higher in {(gap > 0).sum()} and lower in {(gap < 0).sum()} of {len(gap)}")
 
 # %%
-# Both take 2,000 training steps of one member; halving validates 60 members, random
-# search 10. **Halving is better** where a few steps show which settings are hopeless:
-# it tries three times as many. **It is not** where ten settings hold a good one, or
-# where good settings start slowly and are dropped. On a device that the stack does not
-# fill, a smaller stack probably saves no time: there, train all to the end.
+# Both train for 2,000 steps of one member; halving validates more, which costs about a
+# tenth of that. **Halving is better** where a few steps show which settings are
+# hopeless: it tries three times as many. **It is not** where ten settings hold a good
+# one, or where good settings start slowly and are dropped. (In a tie both pick the same
+# network.) On a device that the stack does not fill, a smaller stack probably saves no
+# time: there, train all to the end.
 #
 # What does one more member cost?
 # -------------------------------
@@ -308,14 +310,14 @@ for num in (1, 576):
     print(f"a step of {num} in one call: {ms:.2f} ms, {ms / num:.3f} ms a member")
 
 # %%
-# Where a member of 576 costs no less than one alone, run one after the other.
+# A stack of one is slower than a plain model (``plot_training.py`` has both).
 #
 # Give each model its own betas: Adam as a pure function
 # ------------------------------------------------------
 #
 # A step is *not* proportional to momentum, betas or epsilon. For these, write the
-# optimizer for one member, state in and new state out, and map it. This form can be
-# compiled together with the gradient. Tested: it is ``torch.optim.Adam``.
+# optimizer for one member, state in and new state out, and map it. Tested, uncompiled:
+# it is ``torch.optim.Adam``.
 
 
 def adam_step(params, first, second, setting, t, x, y):

@@ -141,7 +141,7 @@ def evaluate(params, rows, data):
 # -----------------------------
 #
 # The plain way keeps a list of pairs, a model and its optimizer. It decides by itself
-# who copies whom, and takes over only the random settings. Two populations of eight, in
+# who copies whom, and takes over only the settings. Two populations of eight, in
 # float64 on the CPU:
 
 num_models, size, length, num_steps = 16, 8, 5, 20
@@ -199,7 +199,7 @@ print(f"{len(history) - 1} exchanges: at most {worst:.0e} apart")
 #
 # Each population picks its best member on its validation images and is judged by the
 # test loss of that one. **What should happen:** against *constant*, PBT puts the worst
-# members to use, searches near good settings, and can change a rate on the way. A
+# members to use, searches around good settings, and can change a rate on the way. A
 # *cosine* has the last advantage without any search.
 
 size, length, num_steps, num_populations = 32, 20, 200, 16
@@ -258,10 +258,10 @@ founders = torch.tensor([len(a.unique()) for a in ancestor.view(-1, size)])
 print(f"first members with descendants: {founders.min()} to {founders.max()} of {size}")
 
 # %%
-# **Where PBT is better than constant**, the exchanges help, for nothing else differs.
-# **Where PBT is not better than a cosine**, a sweep with a schedule is the simpler way
-# and, as far as sixteen populations tell, no worse. **Where PBT is better than both**,
-# it finds what one falling rate lacks.
+# **Where PBT is better than constant**, the exchanges help, at equal steps and not at
+# equal time. **Where PBT is not clearly better than a cosine**, a sweep with a schedule
+# is simpler; that it is as good is not shown. **Where PBT is better than both
+# cosines**, exchanges give more than a falling rate.
 #
 # A cosine has to know the last step before the first one. PBT does not, and the same
 # exchange tunes any setting that a step can read. So PBT remains of use where training
@@ -349,8 +349,8 @@ print(f"a step moves the new tensors by {(params['2.bias'] - before).abs().max()
 # Remember
 # --------
 #
-# An exchange is one indexed copy, in place, of every stacked tensor: parameters,
-# optimizer state, and the settings that go with them. Compare PBT with a sweep under a
+# An exchange is one indexed copy, in place, of parameters and optimizer state, with new
+# settings for the copies. Compare PBT with a sweep under a
 # schedule, by test loss, paired over several populations.
 #
 # Next

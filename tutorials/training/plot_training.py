@@ -8,8 +8,8 @@ backward pass a step.
 
 **In short.** Stack the parameters once, give the stack to the optimizer, let ``vmap``
 compute one loss for each member, and call ``backward`` on the **sum** of the losses:
-each member then trains as if it were alone, up to rounding. Compute what needs a whole
-member (its best epoch, its gradient norm) for each row of the stack.
+with SGD or Adam, each member then trains as if it were alone, up to rounding. Compute
+what needs a whole member (its best epoch, its gradient norm) for each row of the stack.
 
 Before you start, read ``plot_ensembling.py``: it explains the stack and ``vmap``.
 """
@@ -113,17 +113,18 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 # - **The optimizer gets the stack**, which is made once, before the loop. Stacking in
 #   every step, or giving the optimizer the old modules, raises no error and trains
 #   nothing (`pytorch#120581 <https://github.com/pytorch/pytorch/issues/120581>`_).
-# - **Rows for each member.** ``x_train[rows]`` is ``[64, 32, 64]``: minibatches of 32
-#   digits, in each member's own order. Data from a loader: ``plot_data.py``.
+# - **Rows for each member.** ``x_train[rows]`` is ``[64, 32, 64]`` (20 digits in the
+#   last one of an epoch), in each member's own order. Data from a loader:
+#   ``plot_data.py``.
 # - **The sum.** No member's parameters touch another's loss, so the gradient of the sum
 #   with respect to a member's parameters is the gradient of its own loss.
 # - **The mode** is that of the skeleton, for all members. With dropout in the network,
 #   write ``vmap(member_loss, randomness="different")``: ``plot_state.py``.
 #
-# SGD, momentum, Adam, AdamW and weight decay treat each number by itself, so a stack is
-# a model to them (tested). Adafactor mixes members (tested). Muon refuses stacked
-# matrices (tested), but takes stacked vectors for matrices and mixes members.
-# A scheduler changes the rate of all members at once, as it does for one model.
+# SGD, momentum, Adam, AdamW and weight decay treat each number by itself, so they do
+# not mix members (tested). Adafactor mixes members (tested). Muon refuses stacked
+# matrices (tested), but takes stacked vectors for matrices and mixes members. A
+# scheduler changes the rate of all members at once, as it does for one model.
 #
 # Keep the best state of each member
 # ----------------------------------
@@ -131,8 +132,9 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 # The last lines of the loop copy the rows of those members that have improved, of
 # **parameters and buffers**: the running statistics of batch norm belong to the
 # weights. To stop early, leave the loop when ``epoch - best_epoch.max()`` exceeds your
-# patience: a member then trains on while any other still improves. The kept states give
-# these losses again:
+# patience: a member then trains on while any other still improves. A best epoch that is
+# the last one tried asks for a longer training. The kept states give these losses
+# again:
 
 with torch.no_grad():
     again = validate(best, x_val, y_val)  # the skeleton is still in eval mode
@@ -340,8 +342,8 @@ each = [(late - early) / (many - few) for early, late in zip(fast, slow, strict=
 print("one more member: loop {:.2f} ms, together {:.2f} ms".format(*each))
 
 # %%
-# **Where one call wins by much**, both do the same arithmetic, so the rest of the
-# loop's time is probably spent on calling operators. Larger networks may gain less, or
+# Both do the same arithmetic. **Where one call wins by much**, the loop probably spends
+# the rest of its time on calling operators. Larger networks may gain less, or
 # lose: ``plot_when_vmap_pays.py``. Compiled steps: ``plot_faster_training.py``.
 #
 # The mistake: the mean in place of the sum
