@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from docutils import nodes
-from docutils.parsers.rst import directives
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from sphinx_design.shared import create_component
@@ -205,11 +204,9 @@ class TutorialFigure(SphinxDirective):
 
     With the last sentence of its alternative text, which says what the run found, and
     a tab for each machine that has it. Where none has, a sentence says how to make it.
-    With ``:words:`` that sentence alone, of the first machine.
     """
 
     required_arguments = 2
-    option_spec = {"words": directives.flag}  # noqa: RUF012
 
     def run(self):
         tutorial, number = self.arguments[0], int(self.arguments[1])
@@ -224,8 +221,6 @@ class TutorialFigure(SphinxDirective):
                 where = nodes.Text(f", on {runner.describe(source.machine)}.")
                 found = nodes.strong("", alt.rstrip(".").rpartition(". ")[2] + ".")
                 words = [found, nodes.Text(" From "), *link, where]
-                if "words" in self.options:
-                    return [nodes.paragraph("", "", *words)]
                 figure += nodes.caption("", "", *words)
                 entries.append((source, [figure]))
         if not entries:

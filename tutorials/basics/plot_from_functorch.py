@@ -54,7 +54,7 @@ print(f"CPU, torch {torch.__version__}, float64")
 # ------------------------------
 #
 # Each old line is a comment; the lines to copy stand below it. The new ``fmodel`` takes
-# the arguments of the old one, so code that calls it can stay.
+# the arguments of the old one, so calls with positional arguments can stay.
 
 # old: fmodel, params, buffers = combine_state_for_ensemble(models)
 params, buffers = stack_module_state(models)  # "fc1.weight": [4, 16, 6], ...
@@ -166,15 +166,15 @@ for way, found in ways.items():
     print(f"{way:10} equals autograd within {far:.0e}")
 
 # %%
-# **The other names stay**: ``vjp``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian`` and
-# ``functionalize`` are in ``torch.func`` with the same arguments (tested). In place of
-# ``functorch.compile`` use ``torch.compile``.
+# **The other transforms stay**: ``vjp``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``
+# and ``functionalize`` are in ``torch.func`` with the same arguments (tested). In place
+# of ``functorch.compile`` use ``torch.compile``.
 #
 # What changes without an error
 # -----------------------------
 #
-# Two changes can make predictions wrong: the mode of the skeleton, and a tensor that
-# the stack lacks. Here the models are in eval mode and the skeleton is not.
+# Three can make predictions wrong: the skeleton's mode, a tensor that the stack lacks,
+# and a tuple as argument. Here the models are in eval mode and the skeleton is not.
 
 skeleton.train()  # as it is built
 wrong = vmap(fmodel)(*stack_module_state(models), x)
@@ -183,7 +183,8 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 
 # %%
 # - **Mode.** The old function kept the mode that the model had when it was made;
-#   ``functional_call`` uses the mode at the call. **A skeleton built on** ``meta``
+#   ``functional_call`` uses the mode at the call. The line above sets one mode for
+#   all layers. **A skeleton built on** ``meta``
 #   **starts in train mode**, even if your models are in eval mode.
 # - **A tensor that the stack lacks.** The old ``fmodel`` failed. ``functional_call``
 #   uses the one of the skeleton, which on ``meta`` has no values: the result may be
@@ -241,8 +242,8 @@ value_last = grad_and_value(loss)(params, buffers, x[0], y)
 print("grad_and_value returns", [type(part).__name__ for part in value_last])
 
 # %%
-# Three more differences fit in no table. (What this page says of JAX was run apart from
-# it, with JAX 0.10, Optax 0.2, Flax 0.12 and Equinox 0.13.)
+# Three more differences fit in no table. (This page runs no JAX; what it says was tried
+# with JAX 0.10, Optax 0.2, Flax 0.12 and Equinox 0.13.)
 #
 # From JAX: random numbers have no keys
 # -------------------------------------
@@ -268,7 +269,7 @@ for members in [[0, 1, 2, 3], [2]]:
     print("member 2 of", members, "draws", *(f"{number:.2f}" for number in numbers))
 
 # %%
-# **With the same seed, a member alone draws other numbers than among others.** Where
+# **With the same seed, a member alone may draw other numbers than among others.** Where
 # they must be the same, draw outside, with a ``torch.Generator`` for each member, and
 # pass the numbers as an input: ``plot_state.py`` does so for dropout.
 #
@@ -341,7 +342,7 @@ except TypeError as error:
 
 # %%
 # Write ``params.values()``, and delete ``[p.requires_grad_() for p in params]``: the
-# stack requires gradients already.
+#   stack requires gradients where the models do.
 #
 # Remember
 # --------

@@ -8,8 +8,8 @@ and learning rate.
 
 **In short.** One set-up stacks ten models and defines ``predict`` and ``member_loss``,
 which run one of them. Every recipe needs this set-up and nothing else: put your own
-model and data there, then copy the lines under a heading, in any order. Recipes that
-name a layer (``body.``, ``head.bias``) need your name for it.
+model and data there, then copy the lines under a heading, in any order. Where a recipe
+names a # layer (``body.``, ``head.bias``) or a width, put yours.
 
 To know why, read ``plot_ensembling.py``, and the page that a recipe names.
 """
@@ -34,9 +34,9 @@ device = torch.accelerator.current_accelerator(check_available=True) or cpu
 print(f"{device.type.upper()}, torch {torch.__version__}, float32, IEEE")
 
 # %%
-# A *member* is one model: row ``i`` of every stacked tensor. Recipes run in eval mode,
-# so that they can be checked. **To train, switch the mode and the randomness, as under
-# "Train all members".**
+# A *member* is one model: row ``i`` of every stacked tensor. All recipes but those for
+# training and dropout run in eval mode, so that they can be checked. **To train, switch
+# the mode and the randomness, as under "Train all members".**
 
 
 class Net(nn.Module):  # put yours here
@@ -187,7 +187,7 @@ print(f"largest gradient norm of a member: {norms.max():.3f}")
 # ------------------
 #
 # Every member keeps its own frozen layers. If these have batch norm, keep it in eval
-# mode: it would change its statistics. (``plot_state.py``)
+# mode: train mode changes its statistics. (``plot_state.py``)
 
 for name, p in params.items():
     p.requires_grad_(not name.startswith("body."))
@@ -205,8 +205,9 @@ for p in params.values():
 # Freeze the backbone and train the heads
 # ---------------------------------------
 #
-# All members share one backbone, here that of member 0 in place of a pretrained one. If
-# they also share the minibatch, it runs once for all (tested). (``plot_state.py``)
+# All members share one backbone, here that of member 0 in place of a pretrained one. In
+# eval mode, on one minibatch for all, the backbone runs once (tested).
+# (``plot_state.py``)
 
 shared = {name: p[0].detach() for name, p in params.items() if "body." in name}
 own = {name: p for name, p in params.items() if name not in shared}
@@ -274,7 +275,7 @@ print("row 7 is checkpoint 7:", same)
 # ---------------------------------------
 #
 # ``stack_module_state`` copies, so the list of models and the stack exist side by side.
-# These lines replace both of the set-up, and hold one model beside the stack.
+# These lines replace ``models`` and the stack, and hold one model beside the stack.
 # (``plot_memory.py``)
 
 with torch.device("meta"):  # shapes without memory
@@ -348,7 +349,7 @@ for way, logits in {"converted": converted, "autocast": mixed}.items():
 # ----------------------------------
 #
 # Make one stack and one call for each kind, and join the results. Whether this beats a
-# loop depends on how many members a kind has. (``plot_when_vmap_pays.py``)
+# loop depends on the number and size of a kind's members. (``plot_when_vmap_pays.py``)
 
 
 def run(model, params, buffers, x):
@@ -367,6 +368,18 @@ with torch.no_grad():
 print(f"{len(kinds)} kinds: off the loop by {(logits - loop).abs().max():.0e}")
 
 # %%
+# To train all kinds, hand both stacks to one optimizer, and add up all losses. Where
+# every member is of a kind of its own, keep a loop.
+#
+# .. code-block:: python
+#
+#    weights = [p for params, _ in stacks for p in params.values()]
+#    optimizer = torch.optim.Adam(weights, lr=0.01)
+#    pairs = zip(kinds, stacks, strict=True)
+#    parts = [run_kind(kind[0], *stack, minibatches[0]) for kind, stack in pairs]
+#    torch.cat(parts).square().mean(dim=(1, 2)).sum().backward()  # or your losses
+#    optimizer.step()
+#
 # Members on several devices
 # --------------------------
 #
@@ -390,7 +403,7 @@ print(f"{len(devices)} device(s): off one call by {far:.0e}")
 # The mistake: an optimizer that is older than the stack
 # ------------------------------------------------------
 #
-# Loading, stacking, splitting and converting make new tensors. An optimizer that was
+# Loading, stacking, moving and converting make new tensors. An optimizer that was
 # made before goes on with the old ones, without an error:
 
 optimizer = torch.optim.SGD(params.values(), lr=0.01)

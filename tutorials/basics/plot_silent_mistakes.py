@@ -3,22 +3,22 @@ Mistakes with vmap that raise no error
 ======================================
 
 Recognize mistakes that ``torch.func.vmap`` accepts without a message, each beside the
-line that is right, and copy the one test that notices most of them.
+line that is right, and copy a test to start from.
 
 **In short.** ``vmap`` checks sizes, not meaning: what has the right shape is computed.
-Write the loop once, and compare one call with it in float64: that finds the first six
-of the mistakes below, and the seventh where you compare with the stack in use. For the
-others, look yourself.
+Write the loop once, and compare one call with it in float64: outputs, gradients, and
+parameters after one step of SGD. For what the loop does in the same way, look yourself.
 
 What you may see, and where to look:
 
 - Results of a wrong shape, or of the right one with wrong numbers: a keyword argument,
   or a shared batch.
 - Gradients are zero and nothing learns: the function closes over a model.
-- Learning is as many times slower as there are models: the mean of the losses.
+- With SGD, learning is as many times slower as there are models: the mean of the
+  losses.
 - Predictions differ from those of each model: the mode, or models that changed later.
 - One model with large gradients holds back all others: one norm.
-- All members agree: they are one model, or Python draws for all.
+- All members agree: they are one model, or Python drew once for all.
 
 For mistakes that stop with a message, see ``plot_what_vmap_refuses.py``.
 """
@@ -230,10 +230,9 @@ for function in python, with_torch:
 # A loop that gives no warning
 # ----------------------------
 #
-# Where an operator has no rule for ``vmap``, it fails, or runs once for each model and
-# warns, but
-# ``index_add`` does so without a warning if each model has its own indices. The result
-# is right, so only counting its calls shows it:
+# An operator without a rule for ``vmap`` fails, or runs once for each model with a
+# warning. ``index_add`` with own indices for each model loops **without** one. The
+# result is right, so only a count of its calls shows it:
 
 
 class Record(TorchDispatchMode):
@@ -263,9 +262,12 @@ for name in "index_add", "scatter_add":
 # What to test
 # ------------
 #
-# One test for each function that you map: three models, in float64 on the CPU, and
-# **sizes that all differ**, which turn the first two examples above into errors
-# (tested; a keyword that broadcasts stays silent).
+# As written, this test finds the first three mistakes. For the mode, use your own
+# layers, in the mode that you will run. For the mean and the norm, compare the
+# parameters after a step of SGD, for the models that changed the stack in use. One test
+# for each function that you map: three models, in float64 on the CPU, and **sizes that
+# all differ**, which turn the first two examples above into errors (tested; a keyword
+# that broadcasts stays silent).
 
 few = [nn.Linear(4, 3, **double) for _ in range(3)]  # three models, four features
 x = torch.randn(3, 5, 4, **double)  # five samples for each
@@ -280,8 +282,7 @@ torch.testing.assert_close(state_grads["weight"], looped, rtol=0, atol=1e-10)
 # %%
 # A rarer mistake that different sizes turn into an error (tested): in two nested calls
 # of ``vmap``, ``torch.cond`` computes a wrong result if one call maps its condition,
-# the other its operand, and both have equal size. Write ``torch.where``. For training,
-# compare a step of the optimizer, too.
+# the other its operand, and both have equal size. Write ``torch.where``.
 #
 # Remember
 # --------

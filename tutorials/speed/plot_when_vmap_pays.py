@@ -260,14 +260,13 @@ for ax, (task, curve) in zip(axes, curves.items(), strict=True):
 axes[0].set_ylabel("time [ms]")
 axes[1].legend(title="dashed: the rule")
 fig.suptitle(f"MLPs, float32, {name}")
-found = [
-    f"{task}, N = {n}: {said(*curve[n][1][1:])}"
-    for task, curve in curves.items()
-    for n in (1, most)
-]
+found = []
+for n in most, 1:
+    words = [f"{task} {said(*curve[n][1][1:])}" for task, curve in curves.items()]
+    found.append(f"{n} {'models' if n > 1 else 'model'}, " + ", ".join(words))
 fig.set_label(
     "Time of a loop over modules and of one vmap call against the number of models, "
-    f"logarithmic axes, {name}. The call: {'; '.join(found)}."
+    f"logarithmic axes, {name}. One call for small MLPs: {'; '.join(found)}."
 )
 
 # %%

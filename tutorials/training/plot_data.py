@@ -130,7 +130,8 @@ for rows in order.split(32, dim=1):  # [8, 32]
 # member's own and needs no ``randomness`` flag of ``vmap``.
 #
 # **The mistake: one batch of 256 of a shuffled loader, cut into eight.** No error is
-# raised, but each member sees an eighth of the data in an epoch of the loader.
+# raised, but each member takes an eighth of the steps, on an eighth of the data, in
+# an epoch of the loader.
 #
 # Data that do not fit the device, or the memory
 # ----------------------------------------------
@@ -156,8 +157,9 @@ print(f"a batch of bytes: {batch.nbytes:,}; as float32: {images.nbytes:,}")
 #
 # Subsets of one size are an index tensor: shuffle the indices of each member for an
 # epoch, and split them into steps. For subsets of several sizes, ``torch.multinomial``
-# draws rows anew in each step, of up to 2**24. **A subset smaller than the batch gets
-# rows of others, without an error** (tested on the CPU).
+# draws the rows of each step from chances that are 0 outside of the subset (of at most
+# 2**24 rows of data). **If a subset has fewer rows than the batch, it gets rows of
+# others, without an error** (tested on the CPU).
 
 num_rows = len(x)
 bootstrap = torch.randint(num_rows, (num_models, num_rows))  # [8, 1797]
@@ -237,8 +239,9 @@ for name, half in {"weight 1": called[:4], "weight 10": called[4:]}.items():
 # **The weighted mean of** ``F.cross_entropy`` **divides by the sum of the weights** of
 # the labels in the minibatch, not by their number. So ten times all weights is no
 # change, and a minibatch in which all weights are 0 has the loss 0/0, which is NaN.
-# Sample weights are mapped in the same way. In float64, class weights agree with a loop
-# with ten times the weights, and sample weights with class weights:
+# Sample weights are mapped in the same way. Two checks in
+# float64: a loop with all weights times ten gives the same losses, and sample weights
+# taken from the labels give those of the class weights.
 
 
 def sample_loss(params, x, y, weight):  # weight: [32], one for each sample

@@ -182,8 +182,10 @@ print(f"{lost[beyond].sum()} of {beyond.sum()} where rate * decay > 2, ", end=""
 print(f"{lost[~beyond].sum()} of {(~beyond).sum()} elsewhere")
 
 # %%
-# A value **at an edge** was not tried on both sides: extend the grid there, unless
-# steps, rate and decay multiply to far less than 1.
+# A value **at an edge** was tried on one side only: extend the grid there. At the lower
+# edge of the decay, a smaller one changes nothing if steps, rate and decay multiply to
+# far less than 1. **Other means in that range** are settings that these seeds cannot
+# tell from the chosen one.
 
 fig, ax = plt.subplots(layout="constrained")
 shown = mean.where(mean.isfinite(), torch.nan).numpy()

@@ -268,7 +268,8 @@ print(f"first members with descendants: {founders.min()} to {founders.max()} of 
 # has no fixed end, and for settings without a known schedule; Jaderberg and others show
 # it on agents of reinforcement learning.
 #
-# The last line above counts the price: relatives probably disagree less. For an
+# The last line printed above counts the price: the last population descends from so few
+# of its first members, and relatives probably disagree less. For an
 # ensemble, train independent members.
 
 fig, ax = plt.subplots(layout="constrained")

@@ -7,7 +7,8 @@ module, drop, add or replace members, and go on training where you stopped.
 
 **In short.** Row 3 of every stacked tensor is member 3: ``torch.save`` of the stacked
 dictionaries keeps the whole ensemble, and ``load_state_dict`` makes a module of a row.
-To have more than that, register the stack in an ``nn.Module`` of some thirty lines,
+If ``to``, ``eval`` and ``state_dict`` should reach the stack, register it in an
+``nn.Module`` of some forty lines,
 which then moves, trains, saves and loads like any other module.
 
 Before you start, read ``plot_ensembling.py``, which explains ``stack_module_state``,
@@ -88,7 +89,9 @@ print("Member 3 went in and came out with the same bits.")
 #
 # - ``params`` and ``buffers``, ready to go on: the parameters come back as leaves that
 #   require gradients, so an optimizer takes them. ``weights_only=True``, the default
-#   since torch 2.6, loads tensors and containers, and refuses code in a file.
+#   since torch 2.6, loads tensors and containers, and refuses code in a file. On a GPU,
+#   move them before you make the optimizer, as new leaves:
+#   ``p.detach().to(device).requires_grad_(p.requires_grad)``.
 # - ``member``, a ``Net`` like any other, which shares no memory with the stack. (With
 #   tied weights or non-persistent buffers, ``load_state_dict`` stops at missing or
 #   unexpected keys: take ``Ensemble(models).member(3)`` below.)
@@ -191,12 +194,12 @@ for name, tensor in ensemble.state_dict().items():
     print(f"{name:33} {list(tensor.shape)}")
 
 # %%
-# Names that begin with ``module.``, as ``DistributedDataParallel`` writes them, or with
-# ``_orig_mod.``, as ``torch.compile`` does, lose that before ``load_state_dict``:
+# Strip ``module.`` (of ``DistributedDataParallel``) and ``_orig_mod.`` (of
+# ``torch.compile``) from names before ``load_state_dict``:
 #
 # .. code-block:: python
 #
-#     for prefix in "module.", "_orig_mod.":
+#     for prefix in "_orig_mod.", "module.":
 #         state = {name.removeprefix(prefix): t for name, t in state.items()}
 #
 # Train it like any module
@@ -335,20 +338,22 @@ fig.set_label(
 
 # %%
 # **The dots lie on the lines**: reloading, dropping and adding disturbed none of those
-# who stay. To replace a member is to drop it and to add another. The same works with
+# who stay. To replace a member is to drop it and to add another: it comes last, and
+# later rows move up by one. The same works with
 # SGD, AdamW and RMSprop (tested).
 #
 # One thing a newcomer does not get: Adam's correction of the first steps, since Adam
-# counts steps once for all. In a long run, a newcomer's first step is 3 times as long
-# as in a fresh run, and its twelfth 6.5 times (tested). Where that hurts, lower its
-# rate at first (``plot_hyperparameter_sweep.py``).
+# counts steps once for all. In a long run, with a gradient that stays the same, a
+# newcomer's first step is 3 times as long as in a fresh run, and its twelfth, the
+# longest, 6.5 times (tested). Where that hurts, lower its rate at first
+# (``plot_hyperparameter_sweep.py``).
 #
 # Export it
 # ---------
 #
 # ``torch.export`` turns the ensemble into a program that runs without your classes, and
-# computes the same (tested). ``run_decompositions`` executes the switches of ``vmap``,
-# which torch 2.11 could not save:
+# computes the same (tested). ``run_decompositions`` replaces the internal
+# calls of ``vmap``, which torch 2.11 could not save, by plain operators:
 #
 # .. code-block:: python
 #
@@ -357,10 +362,10 @@ fig.set_label(
 #     torch.export.save(program, "ensemble.pt2")
 #     logits = torch.export.load("ensemble.pt2").module()(x_val)
 #
-# It takes batches of that size only. With
-# ``dynamic_shapes={"x": {0: torch.export.Dim("batch")}}`` it takes any, if members
-# consist of linear layers; under ``vmap``, batch norm and convolutions fix the size
-# (tested): pad the last batch. For ONNX, hand the decomposed program to
+# It takes batches of that size only. With ``dynamic_shapes={"x": {0:
+# torch.export.Dim("batch")}}`` it takes any, if members consist of linear layers; under
+# ``vmap``, batch norm fixes the size (tested), and so did a second convolution (tried):
+# pad the last batch. For ONNX, hand the decomposed program to
 # ``torch.onnx.export(program, dynamo=True)``: onnxruntime 1.32 computed the same logits
 # (tried with torch 2.13 and onnxscript 0.7.2).
 #
@@ -368,9 +373,9 @@ fig.set_label(
 # -----------------
 #
 # ``TensorDict.from_modules(*models, as_module=True)`` of `tensordict
-# <https://docs.pytorch.org/tensordict/stable/index.html>`_ is such a module, too, which
-# you index and slice. In version 0.15.3 it accepted models of other dtypes or layers,
-# tied weights came apart, and ``torch.export`` failed.
+# <https://docs.pytorch.org/tensordict/stable/index.html>`_ holds such a stack, which
+# you index and slice. In version 0.15.3 (tried) it accepted models of other dtypes or
+# layers, tied weights came apart, and ``torch.export`` failed.
 #
 # The mistake: keeping the models instead of the stack
 # ----------------------------------------------------
@@ -384,8 +389,8 @@ for name, model in {"models[3]": old, "ensemble.member(3)": ensemble.member(3)}.
     print(f"{name}: {accuracy:.0%} of the digits right")
 
 # %%
-# Save the stack. It is also the only thing that you need: ``del models`` after stacking
-# frees half of the memory.
+# Save the stack. The models are not needed beside it: ``del models`` after stacking
+# halves the memory of the weights.
 #
 # Remember
 # --------
@@ -410,6 +415,6 @@ for name, model in {"models[3]": old, "ensemble.member(3)": ensemble.member(3)}.
 # - Such a module was asked for in `functorch#992
 #   <https://github.com/pytorch/functorch/issues/992>`_ and `pytorch#54147
 #   <https://github.com/pytorch/pytorch/issues/54147>`_.
-# - A skeleton on ``meta`` that is registered as a submodule stops ``to``:
+# - ``to`` fails on a skeleton on ``meta`` that is registered as a submodule:
 #   `pytorch-lightning#17820
 #   <https://github.com/Lightning-AI/pytorch-lightning/issues/17820>`_.

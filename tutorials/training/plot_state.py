@@ -6,10 +6,10 @@ Run members that have batch norm, dropout, frozen layers, tied weights or settin
 their own in one call of ``torch.func.vmap``, and know for each part of a model whether
 it belongs to the member or to all.
 
-**In short.** Tensors are each member's own; everything else is the skeleton's, the one
-module whose code runs for all members. So batch norm needs no patch, dropout needs
-``randomness="different"``, the mode is set by ``skeleton.eval()``, and what has to
-differ between members must be a tensor.
+**In short.** Stacked tensors are each member's own; everything else is the skeleton's,
+the one module whose code runs for all members. So batch norm needs no patch, dropout
+needs ``randomness="different"``, the mode is set by ``skeleton.eval()``, and what has
+to differ between members must be a parameter, a buffer or an input.
 
 Before you start, read ``plot_ensembling.py`` on ``stack_module_state``,
 ``functional_call`` and ``in_dims``.
@@ -128,7 +128,7 @@ fig.set_label(
 # - **Dropout**: say ``randomness="different"`` or ``"same"``; to repeat the masks of
 #   one member, pass them as an input.
 # - **Train or eval mode**: set it on the skeleton, also that of single layers.
-# - **Frozen parameters**: freeze them in all members, before or after stacking.
+# - **Frozen parameters**: freeze them in all models before stacking, or in the stack.
 # - **Tied weights**: build the skeleton, do not copy it to ``meta``.
 # - **Python attributes**: what has to differ must be a buffer, parameter or input.
 #
@@ -239,8 +239,8 @@ print(f"Member 2, alone and among others: logits differ by at most {far:.0e}.")
 # Freeze some layers
 # ------------------
 #
-# Set ``requires_grad`` of the stacked tensors, and hand the optimizer the others. (Or
-# freeze the layer in *all* models before you stack them; a mixture is refused.)
+# Turn off ``requires_grad`` of their stacked tensors, and hand the optimizer the rest.
+# (Or freeze the layer in *all* models before you stack them; a mixture is refused.)
 
 for name, p in params.items():
     p.requires_grad_(not name.startswith("fc1."))
@@ -254,7 +254,8 @@ for name, p in params.items():
     print(f"{name:12} {list(p.shape)!s:12}", "frozen" if p.grad is None else "trained")
 
 # %%
-# If all members start from **one** pretrained layer, keep a single copy and share it.
+# If all members start from **one** pretrained layer, share one copy (``.clone()`` it
+# to free the others).
 # Only then: here ``p[0]`` would give every member the layer of member 0.
 #
 # .. code-block:: python
@@ -265,10 +266,12 @@ for name, p in params.items():
 #     call = ensemble(skeleton, in_dims=(in_dims, 0, 0), randomness="different")
 #     logits = call(shared | own, buffers, x)
 #
-# - Frozen batch norm also keeps its statistics: ``skeleton.norm.eval()``.
+# - To freeze the statistics of batch norm, too: ``skeleton.norm.eval()``, after each
+#   ``skeleton.train()``.
 # - Frozen in *some* members: ``p.register_hook(lambda grad: grad * mask)``, with a mask
-#   of shape ``[4, 1, 1]``, stops their gradients. Momentum and weight decay still move
-#   them, so use it from the first step and without decay.
+#   of shape ``[4, 1, 1]`` for a weight and ``[4, 1]`` for a bias, stops their
+#   gradients. Momentum and weight decay still move them, so use it from the first step
+#   and without decay.
 #
 # Tied weights: build the skeleton on meta
 # ----------------------------------------
@@ -372,17 +375,18 @@ for training in [True, False]:
     print(f"    statistics {'changed' if changed else 'as before'}")
 
 # %%
-# In train mode there is no error, but members drop units, use the statistics of the
-# minibatch, and *change* the state that you meant to evaluate. So call
-# ``skeleton.eval()`` before you predict and ``skeleton.train()`` after it.
+# With ``randomness`` there is no error in train mode, but members drop units, use the
+# statistics of the minibatch, and *change* the state that you meant to evaluate. So
+# call ``skeleton.eval()`` before you predict and ``skeleton.train()`` after it.
 #
 # Remember
 # --------
 #
-# **Tensors are each member's own; everything else is the skeleton's.** Stack buffers
-# together with parameters, set the mode on the skeleton, say whose random numbers you
-# want. Build the skeleton under ``with torch.device("meta")`` and call it with
-# ``strict=True``: then what you forget is an error and no wrong result.
+# **Stacked tensors are each member's own; everything else is the skeleton's.** Stack
+# buffers together with parameters, set the mode on the skeleton, say whose random
+# numbers you want. Build the skeleton under ``with torch.device("meta")`` and call it
+# with ``strict=True``: then a forgotten parameter or buffer is an error and no wrong
+# result.
 #
 # Next
 # ----

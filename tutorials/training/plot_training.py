@@ -122,8 +122,8 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 #   write ``vmap(member_loss, randomness="different")``: ``plot_state.py``.
 #
 # SGD, momentum, Adam, AdamW and weight decay treat each number by itself, so they do
-# not mix members (tested). Adafactor mixes members (tested). Muon refuses stacked
-# matrices (tested), but takes stacked vectors for matrices and mixes members. A
+# not mix members (tested). Adafactor mixes members. Muon refuses stacked matrices, and
+# takes a stack of vectors for one matrix, which mixes members (both tested). A
 # scheduler changes the rate of all members at once, as it does for one model.
 #
 # Keep the best state of each member
@@ -133,8 +133,9 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 # **parameters and buffers**: the running statistics of batch norm belong to the
 # weights. To stop early, leave the loop when ``epoch - best_epoch.max()`` exceeds your
 # patience: a member then trains on while any other still improves. A best epoch that is
-# the last one tried asks for a longer training. The kept states give these losses
-# again:
+# the last one tried asks for a longer training. **A member whose loss was never a
+# number keeps its first weights and** ``best_epoch`` **0**: leave it out of the
+# ensemble. The kept states give these losses again:
 
 with torch.no_grad():
     again = validate(best, x_val, y_val)  # the skeleton is still in eval mode
@@ -351,9 +352,9 @@ print("one more member: loop {:.2f} ms, together {:.2f} ms".format(*each))
 #
 # ``losses.mean().backward()`` divides every gradient by the number of members, and
 # raises no error. For SGD without decay, this is a learning rate that is 64 times too
-# small. Adam almost cancels the division. In both, ``weight_decay`` is added after it,
-# and so acts like one that is 64 times as large (tested for Adam). AdamW adds no decay
-# to the gradient. ``plot_silent_mistakes.py`` runs this mistake and others.
+# small. Adam almost cancels the division. Both add ``weight_decay`` to the divided
+# gradient, so that the decay weighs 64 times as much (tested for Adam). AdamW adds no
+# decay to the gradient. ``plot_silent_mistakes.py`` runs this mistake and others.
 #
 # Remember
 # --------
