@@ -54,17 +54,19 @@ print(f"CPU, torch {torch.__version__}, float64")
 # ------------------------------
 #
 # Each old line is a comment; the lines to copy stand below it. The new ``fmodel`` takes
-# the arguments of the old one, so calls with positional arguments can stay.
+# the arguments of the old one, so calls of it can stay; ``params`` and ``buffers`` are
+# dictionaries now.
 
 # old: fmodel, params, buffers = combine_state_for_ensemble(models)
 params, buffers = stack_module_state(models)  # "fc1.weight": [4, 16, 6], ...
 with torch.device("meta"):
     skeleton = Net()  # code without memory
-skeleton.train(models[0].training)  # the old fmodel took the mode of the models
+for layer, old in zip(skeleton.modules(), models[0].modules(), strict=True):
+    layer.training = old.training  # the old fmodel took the mode of each layer
 
 
-def fmodel(params, buffers, *inputs):
-    return functional_call(skeleton, (params, buffers), inputs, strict=True)
+def fmodel(params, buffers, *inputs, **options):
+    return functional_call(skeleton, (params, buffers), inputs, options, strict=True)
 
 
 # old: logits = functorch.vmap(fmodel)(params, buffers, x)
@@ -120,8 +122,8 @@ for way, found in {"torch.func": logits, "functorch": old_logits}.items():
 #
 # For one model there is nothing to stack: ``functional_call`` runs the model itself,
 # with the tensors that you pass. (``make_functional`` is the same without buffers. The
-# ``True`` in the old line is ``disable_autograd_tracking``. Code that calls
-# ``backward()`` does not pass it: append ``.requires_grad_()`` to ``clone()``.)
+# ``True`` in the old line is ``disable_autograd_tracking``. If yours did not pass it,
+# append ``.requires_grad_(p.requires_grad)`` to ``clone()``.)
 
 model = models[0]
 y = torch.arange(32) % 3  # a class for each row
@@ -183,8 +185,7 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 
 # %%
 # - **Mode.** The old function kept the mode that the model had when it was made;
-#   ``functional_call`` uses the mode at the call. The line above sets one mode for
-#   all layers. **A skeleton built on** ``meta``
+#   ``functional_call`` uses the mode at the call. **A skeleton built on** ``meta``
 #   **starts in train mode**, even if your models are in eval mode.
 # - **A tensor that the stack lacks.** The old ``fmodel`` failed. ``functional_call``
 #   uses the one of the skeleton, which on ``meta`` has no values: the result may be
