@@ -39,9 +39,6 @@ MOVED = {
         "step-5-on-steps-2-to-4-fewer-bits": "step-5-on-steps-3-and-4-fewer-bits",
         "ask-for-the-layout-inside-vmap": "step-2-on-step-0-channels-last",
     },
-    "auto_tutorials/speed/plot_fastest_mlp": {
-        "the-fastest-way-to-run-many-mlps": "faster-ways-to-run-many-mlps",
-    },
     "auto_tutorials/speed/plot_memory": {
         "split-the-gradients": "the-mistake-autograd-records-outside-of-vmap",
         "both-give-the-gradients-of-a-loop": "groups-train-what-a-loop-trains",

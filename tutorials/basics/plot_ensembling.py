@@ -158,8 +158,8 @@ for case, one_call, loop, tol in [
 #
 # - to win with many models that are each too small to keep the device busy;
 # - to lose with a few small models, because ``vmap`` itself takes time;
-# - to lose with ten CNNs on a CPU, probably because of large results and
-#   added operators.
+# - to lose with ten CNNs on a CPU, probably because of large results and added
+#   operators.
 #
 # Which is faster here?
 # ---------------------
@@ -322,11 +322,11 @@ for other, hits in {"one of them, on average": right.mean(0), "rival": alone}.it
 
 # %%
 # The error is the standard error over the digits, for these models. **The mean can gain
-# where wrong answers differ.** If the last line is below zero by more than twice
-# its error, one model that learned ten times as long was better than ten that learned
-# little: an ensemble is for models to
-# which more training adds little (``plot_more_members.py``). Where members disagree,
-# the ensemble is unsure: see ``plot_unknown_inputs.py``.
+# where wrong answers differ.** If the last line is below zero by more than twice its
+# error, one model that learned ten times as long was better than ten that learned
+# little: an ensemble is for models to which more training adds little
+# (``plot_more_members.py``). Where members disagree, the ensemble is unsure: see
+# ``plot_unknown_inputs.py``.
 #
 # The mistake: a shared minibatch without ``None``
 # ------------------------------------------------
@@ -342,9 +342,8 @@ except ValueError as error:
 # %%
 # The cure is ``in_dims=(0, 0, None)``. With ten images in the batch, the sizes agree
 # and each model gets one image. This CNN still stops, with an error that does not name
-# the cause; linear layers compute a wrong result without an error (that is
-# tested). Look at the
-# shape, which has to be ``[model, image, class]``.
+# the cause; linear layers compute a wrong result without an error (that is tested).
+# Look at the shape, which has to be ``[model, image, class]``.
 #
 # Remember
 # --------

@@ -192,9 +192,9 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 #   whatever stands in memory. **With** ``strict=True`` **it fails.** This happens with
 #   tied weights if you copy a model to ``meta``, as PyTorch's guide does: the copy
 #   loses the tie. A skeleton built there keeps it (``plot_state.py``).
-# - **Gradients.** ``combine_state_for_ensemble`` detached the stack, and training
-#   began with ``requires_grad_()``. ``stack_module_state`` keeps what the models have,
-#   so a prediction without ``torch.no_grad()`` now records a graph, which costs memory.
+# - **Gradients.** ``combine_state_for_ensemble`` detached the stack, and training began
+#   with ``requires_grad_()``. ``stack_module_state`` keeps what the models have, so a
+#   prediction without ``torch.no_grad()`` now records a graph, which costs memory.
 # - **Copies.** ``make_functional`` copied the model; ``named_parameters()``, which
 #   PyTorch's guide uses, does not. An update in place reaches the model, and in train
 #   mode so do running statistics, unless you call ``clone()`` as above. A stack is

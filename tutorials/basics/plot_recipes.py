@@ -403,8 +403,8 @@ print(f"{len(devices)} device(s): off one call by {far:.0e}")
 # The mistake: an optimizer that is older than the stack
 # ------------------------------------------------------
 #
-# Loading, stacking, moving and converting make new tensors. An optimizer that was
-# made before goes on with the old ones, without an error:
+# Loading, stacking, moving and converting make new tensors. An optimizer that was made
+# before goes on with the old ones, without an error:
 
 optimizer = torch.optim.SGD(params.values(), lr=0.01)
 params, buffers = stack_module_state(models)  # or load

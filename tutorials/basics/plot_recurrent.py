@@ -343,9 +343,8 @@ print(f"One call against the loop on {where}:", *table, sep="\n")
 # %%
 # **More models mean more operators in the loop, and no more in one call.** Where the
 # loop is faster, keep it, and ask again with more models. Where one call has fewer
-# operators and is not faster, its own take longer:
-# probably Python and ``vmap`` start them, each computes for all models, and those of
-# oneDNN are fused.
+# operators and is not faster, its own take longer: probably Python and ``vmap`` start
+# them, each computes for all models, and those of oneDNN are fused.
 #
 # By default ``torch.compile`` skips classes derived from ``nn.LSTM`` and ``nn.GRU``.
 # With ``torch._dynamo.config.allow_rnn = True``, which is experimental, it does not

@@ -122,8 +122,8 @@ compare(mistake, right, gradients)
 # -------------------------------------------
 #
 # The gradient of each model becomes as many times smaller as there are models, and so
-# does its step of SGD. Adam without weight decay hides it, and so does AdamW,
-# as long as gradients are far above ``eps`` (tested).
+# does its step of SGD. Adam without weight decay hides it, and so does AdamW, as long
+# as gradients are far above ``eps`` (tested).
 
 losses = vmap(loss)(params, minibatches)
 mistake = torch.autograd.grad(losses.mean(), params["bias"], retain_graph=True)[0]
@@ -287,9 +287,9 @@ torch.testing.assert_close(state_grads["weight"], looped, rtol=0, atol=1e-10)
 # Remember
 # --------
 #
-# A right shape proves nothing. Write the loop with the models
-# themselves, not with the function that you map. Members that are one model, and
-# numbers that Python draws, you have to look for.
+# A right shape proves nothing. Write the loop with the models themselves, not with the
+# function that you map. Members that are one model, and numbers that Python draws, you
+# have to look for.
 #
 # Next
 # ----

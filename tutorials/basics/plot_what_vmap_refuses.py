@@ -62,8 +62,8 @@ def compare(refused, accepted, *inputs):
 # - ``in_dims is not compatible with the structure``: pass one entry for each argument,
 #   as ``(0, None)``. For a dictionary, it is a number or a dictionary of numbers.
 # - ``must only return Tensors``: the function returns a ``str``, an ``int``, ``None``
-#   or a dataclass. Pass ``out_dims=(0, None)`` if the second output is no tensor. For
-#   a dataclass ``out``, return ``vars(out)``. A ``NamedTuple`` is accepted.
+#   or a dataclass. Pass ``out_dims=(0, None)`` if the second output is no tensor. For a
+#   dataclass ``out``, return ``vars(out)``. A ``NamedTuple`` is accepted.
 # - ``input.size(-2) should match other.size(-2)``: ``lstsq`` takes no vector here.
 #   Write ``torch.linalg.lstsq(a, b[:, None]).solution[:, 0]``.
 # - ``NestedTensorImpl doesn't support sizes``: all members share a nested tensor. Pass
@@ -96,9 +96,9 @@ def compare(refused, accepted, *inputs):
 #
 # - ``randomness error mode``: pass ``randomness="different"``, or ``"same"`` to draw
 #   once for all. To draw as a loop does, draw outside and pass the numbers.
-# - ``Cannot ask for different inplace randomness``: ``Normal.rsample`` and
-#   ``nn.init`` draw in place. Write ``loc + scale * torch.randn_like(loc)``, and build
-#   modules outside.
+# - ``Cannot ask for different inplace randomness``: ``Normal.rsample`` and ``nn.init``
+#   draw in place. Write ``loc + scale * torch.randn_like(loc)``, and build modules
+#   outside.
 # - ``Batch norm got a batched tensor``: one module has one running mean. Stack the
 #   buffers (``plot_state.py``), or call ``eval()``.
 # - ``Batching rule not implemented``: for ``aten::lstm``, ``aten::lstm_cell``,

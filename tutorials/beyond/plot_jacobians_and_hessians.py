@@ -99,8 +99,8 @@ for way, result in results.items():
 # ----------------------------------------------------
 #
 # Take an MLP of ``n`` inputs, two hidden layers of ``h`` units and ``m`` outputs. A
-# backward pass multiplies a vector by each weight matrix, and so does a forward pass
-# of derivatives, from the other end: ``nh + hh + hm`` multiplications each. ``jacrev``
+# backward pass multiplies a vector by each weight matrix, and so does a forward pass of
+# derivatives, from the other end: ``nh + hh + hm`` multiplications each. ``jacrev``
 # sends ``m`` vectors back, ``jacfwd`` sends ``n`` forward (tested). So
 #
 # .. math::
@@ -337,8 +337,8 @@ fig.set_label(
 # ---------------------------
 #
 # ``hvp`` goes backward through a gradient, which costs a few gradients. The Hessian
-# does so for 226 vectors, and its size is the square of the parameters: 0.4 MB here,
-# 8 TB for a million. ``jvp`` of ``grad``, forward over backward, is the product that
+# does so for 226 vectors, and its size is the square of the parameters: 0.4 MB here, 8
+# TB for a million. ``jvp`` of ``grad``, forward over backward, is the product that
 # PyTorch's tutorial writes: it has no second graph to store, and calls more operators.
 
 ways = {

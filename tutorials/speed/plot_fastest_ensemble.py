@@ -153,8 +153,8 @@ def said(gain, low, high):
 #
 # The **roof** is the measured speed of a wide product in float32, here a 1 x 1
 # convolution of 1,024 channels. Steps in bfloat16 can exceed it: their own roof is
-# higher by the gain that is printed here. A step with few
-# operations for each byte meets the speed of a copy first; large caches raise it.
+# higher by the gain that is printed here. A step with few operations for each byte
+# meets the speed of a copy first; large caches raise it.
 
 rows, half = 4 if device == cpu else 256, torch.bfloat16
 wide = torch.randn(rows, 1024, 16, 16, device=device).contiguous(memory_format=last)
@@ -249,9 +249,8 @@ step("vmap by hand", partial(by_hand, params, minibatches), "vmap", "loop")
 
 # %%
 # What the form by hand gains over ``vmap`` is the cost of those passes, and of ``vmap``
-# itself. If it loses to the loop, ten times larger
-# activations may cost that, or on a GPU groups (pytorch#73764):
-# ``plot_what_vmap_runs.py`` separates them.
+# itself. If it loses to the loop, ten times larger activations may cost that, or on a
+# GPU groups (pytorch#73764): ``plot_what_vmap_runs.py`` separates them.
 #
 # Step 2 (on step 0): channels last
 # ---------------------------------
@@ -394,6 +393,6 @@ fig.set_label(
 #
 # - Williams, Waterman and Patterson (2009), `Roofline
 #   <https://doi.org/10.1145/1498765.1498785>`_.
-# - Groups: `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_;
-#   copies: `pytorch#121861 <https://github.com/pytorch/pytorch/issues/121861>`_; eight
-#   forms: `pytorch#124269 <https://github.com/pytorch/pytorch/issues/124269>`_.
+# - Groups: `pytorch#73764 <https://github.com/pytorch/pytorch/issues/73764>`_; copies:
+#   `pytorch#121861 <https://github.com/pytorch/pytorch/issues/121861>`_; eight forms:
+#   `pytorch#124269 <https://github.com/pytorch/pytorch/issues/124269>`_.

@@ -39,8 +39,8 @@ print(f"{where}; float32 precision: {torch.get_float32_matmul_precision()}")
 # The lines to copy
 # -----------------
 #
-# Write one line for each layer. If all members share one input, the second
-# function makes their first layers one wide product: step 5 says whether that gains.
+# Write one line for each layer. If all members share one input, the second function
+# makes their first layers one wide product: step 5 says whether that gains.
 
 
 def predict(params, x):  # [member, row, in]
@@ -229,10 +229,10 @@ if compiler:
     step("compiled loop", "better loop", partial(loop, compiled_alone), unstacked)
 
 # %%
-# **If compiled vmap is as fast as by hand,** you need not write the layers yourself.
-# By hand, only ``relu_`` stands between the products, so there is little to join.
-# **If the compiled loop loses with small members,** the reason is probably that a
-# compiled function checks its inputs in every call.
+# **If compiled vmap is as fast as by hand,** you need not write the layers yourself. By
+# hand, only ``relu_`` stands between the products, so there is little to join. **If the
+# compiled loop loses with small members,** the reason is probably that a compiled
+# function checks its inputs in every call.
 #
 # Step 5 (on steps 2 and 3): one input for all members
 # ----------------------------------------------------
@@ -386,8 +386,7 @@ print(f"square: no error, but outputs are up to {off.abs().max():.2f} off")
 # --------
 #
 # - Write each layer as one ``baddbmm``, most of all for many small networks, and check
-#   it against
-#   ``vmap`` in float64.
+#   it against ``vmap`` in float64.
 # - Compare with the better loop, at your own sizes.
 # - Collect rows before you predict: with few rows, most bytes are weights.
 #

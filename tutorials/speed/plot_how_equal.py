@@ -206,8 +206,8 @@ print("{} by 1e-6, {} by the defaults, {} by the tolerance".format(*refused.toli
 # <https://github.com/Dao-AILab/flash-attention/blob/main/tests/test_flash_attn.py>`_
 # may be twice as far from a reference with more bits as plain attention in PyTorch is.
 # Should the loop happen to be exact, one last digit of the largest logit remains.
-# **Which factor accepts correct code?** The next table divides the
-# distance of one call from float64 by that of the loop, for 20 random ensembles a line:
+# **Which factor accepts correct code?** The next table divides the distance of one call
+# from float64 by that of the loop, for 20 random ensembles a line:
 
 print("dtype     biases  median  largest  beyond the tolerance")
 for dtype in dict.fromkeys(precisions.values()):

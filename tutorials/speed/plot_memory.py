@@ -76,8 +76,8 @@ print(list(logits.shape))
 # ------------------------------------------
 #
 # Without ``no_grad``, chunks save little, because autograd keeps the tensors of all of
-# them (last section). To train, split the ensemble: members are independent, so it
-# may be several small ones, each with its own optimizer. A group that waits holds its
+# them (last section). To train, split the ensemble: members are independent, so it may
+# be several small ones, each with its own optimizer. A group that waits holds its
 # parameters and Adam's state, but neither gradients nor activations.
 # ``stack_module_state`` copies; with a generator of models, those of one group at a
 # time exist beside the stacks.
@@ -299,8 +299,8 @@ fig.set_label(f"Memory in one training step, by kind. {'; '.join(found)}.")
 # Groups train what a loop trains
 # -------------------------------
 #
-# The loop has a model and an Adam of its own for each member. In
-# float64, on the CPU, rounding stays below 1e-10 here.
+# The loop has a model and an Adam of its own for each member. In float64, on the CPU,
+# rounding stays below 1e-10 here.
 
 
 def adam(models):
@@ -336,8 +336,8 @@ assert distance < 1e-10, f"groups do not train what a loop trains: {distance:.0e
 # -----------------
 #
 # A training step in one call, in groups, and in a loop over the models, with one
-# optimizer for all of them and with one for each. Memory is what comes on
-# top of parameters and Adam's state.
+# optimizer for all of them and with one for each. Memory is what comes on top of
+# parameters and Adam's state.
 
 
 def in_turns(*ways, seconds=1.0):

@@ -110,8 +110,8 @@ def said(gain, low, high):
 print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 
 # %%
-# That was a forward pass in evaluation mode under ``no_grad``, a loop over modules,
-# and no compiler. A faster loop or a compiled call can move every number of this page:
+# That was a forward pass in evaluation mode under ``no_grad``, a loop over modules, and
+# no compiler. A faster loop or a compiled call can move every number of this page:
 # ``plot_fastest_mlp.py`` measures them.
 #
 # All of this page is IEEE float32. Three calls of each way warm up, seven or more turns
@@ -121,8 +121,8 @@ print(f"loop {1e3 * loop:.3g} ms, vmap {1e3 * call:.3g} ms: vmap {said(*gain)}")
 #
 # **If no difference is seen** and the interval is wide, the run decides nothing: give
 # more ``seconds`` or a quieter machine. On a CPU that has other work to do, also try
-# ``torch.set_num_threads(1)`` (not measured here).
-# **If vmap is slower**, or gains little, look among the three reasons below.
+# ``torch.set_num_threads(1)`` (not measured here). **If vmap is slower**, or gains
+# little, look among the three reasons below.
 #
 # Why one call can win: it pays the overhead once
 # -----------------------------------------------
@@ -394,5 +394,5 @@ print(f"{most} models stacked in every call, {found}")
 #
 # - The question: `functorch#1061 <https://github.com/pytorch/functorch/issues/1061>`_,
 #   `jax#15339 <https://github.com/jax-ml/jax/issues/15339>`_.
-# - Stacking in every call:
-#   `pytorch#120581 <https://github.com/pytorch/pytorch/issues/120581>`_.
+# - Stacking in every call: `pytorch#120581
+#   <https://github.com/pytorch/pytorch/issues/120581>`_.

@@ -130,8 +130,8 @@ for rows in order.split(32, dim=1):  # [8, 32]
 # member's own and needs no ``randomness`` flag of ``vmap``.
 #
 # **The mistake: one batch of 256 of a shuffled loader, cut into eight.** No error is
-# raised, but each member takes an eighth of the steps, on an eighth of the data, in
-# an epoch of the loader.
+# raised, but each member takes an eighth of the steps, on an eighth of the data, in an
+# epoch of the loader.
 #
 # Data that do not fit the device, or the memory
 # ----------------------------------------------
@@ -239,9 +239,9 @@ for name, half in {"weight 1": called[:4], "weight 10": called[4:]}.items():
 # **The weighted mean of** ``F.cross_entropy`` **divides by the sum of the weights** of
 # the labels in the minibatch, not by their number. So ten times all weights is no
 # change, and a minibatch in which all weights are 0 has the loss 0/0, which is NaN.
-# Sample weights are mapped in the same way. Two checks in
-# float64: a loop with all weights times ten gives the same losses, and sample weights
-# taken from the labels give those of the class weights.
+# Sample weights are mapped in the same way. Two checks in float64: a loop with all
+# weights times ten gives the same losses, and sample weights taken from the labels give
+# those of the class weights.
 
 
 def sample_loss(params, x, y, weight):  # weight: [32], one for each sample

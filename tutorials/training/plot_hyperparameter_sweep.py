@@ -230,10 +230,10 @@ def keep(params, optimizer, rows):
 
 
 # %%
-# The rival is random search: it trains the first 10 of the same 32 settings to the
-# end. Each of 30 repeats has rates and decays between 0.001 and 10, weights, and a
-# split of the images of its own. All repeats are one stack, all rates follow a cosine.
-# The validation loss picks, the test loss judges.
+# The rival is random search: it trains the first 10 of the same 32 settings to the end.
+# Each of 30 repeats has rates and decays between 0.001 and 10, weights, and a split of
+# the images of its own. All repeats are one stack, all rates follow a cosine. The
+# validation loss picks, the test loss judges.
 
 halving, random_search = [(32, 25), (16, 25), (8, 50), (4, 100)], [(10, 200)]
 order = torch.rand(30, len(labels)).argsort(dim=1).to(device)

@@ -269,8 +269,8 @@ print(f"first members with descendants: {founders.min()} to {founders.max()} of 
 # it on agents of reinforcement learning.
 #
 # The last line printed above counts the price: the last population descends from so few
-# of its first members, and relatives probably disagree less. For an
-# ensemble, train independent members.
+# of its first members, and relatives probably disagree less. For an ensemble, train
+# independent members.
 
 fig, ax = plt.subplots(layout="constrained")
 for height, gap in enumerate(gaps):
@@ -351,8 +351,8 @@ print(f"a step moves the new tensors by {(params['2.bias'] - before).abs().max()
 # --------
 #
 # An exchange is one indexed copy, in place, of parameters and optimizer state, with new
-# settings for the copies. Compare PBT with a sweep under a
-# schedule, by test loss, paired over several populations.
+# settings for the copies. Compare PBT with a sweep under a schedule, by test loss,
+# paired over several populations.
 #
 # Next
 # ----

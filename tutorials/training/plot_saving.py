@@ -339,8 +339,7 @@ fig.set_label(
 # %%
 # **The dots lie on the lines**: reloading, dropping and adding disturbed none of those
 # who stay. To replace a member is to drop it and to add another: it comes last, and
-# later rows move up by one. The same works with
-# SGD, AdamW and RMSprop (tested).
+# later rows move up by one. The same works with SGD, AdamW and RMSprop (tested).
 #
 # One thing a newcomer does not get: Adam's correction of the first steps, since Adam
 # counts steps once for all. In a long run, with a gradient that stays the same, a
@@ -352,8 +351,8 @@ fig.set_label(
 # ---------
 #
 # ``torch.export`` turns the ensemble into a program that runs without your classes, and
-# computes the same (tested). ``run_decompositions`` replaces the internal
-# calls of ``vmap``, which torch 2.11 could not save, by plain operators:
+# computes the same (tested). ``run_decompositions`` replaces the internal calls of
+# ``vmap``, which torch 2.11 could not save, by plain operators:
 #
 # .. code-block:: python
 #

@@ -254,9 +254,9 @@ for name, p in params.items():
     print(f"{name:12} {list(p.shape)!s:12}", "frozen" if p.grad is None else "trained")
 
 # %%
-# If all members start from **one** pretrained layer, share one copy (``.clone()`` it
-# to free the others).
-# Only then: here ``p[0]`` would give every member the layer of member 0.
+# If all members start from **one** pretrained layer, share one copy (``.clone()`` it to
+# free the others). Only then: here ``p[0]`` would give every member the layer of member
+# 0.
 #
 # .. code-block:: python
 #
@@ -399,10 +399,10 @@ for training in [True, False]:
 # References
 # ----------
 #
-# - S. Ioffe, C. Szegedy: Batch normalization, 2015,
-#   `arXiv:1502.03167 <https://arxiv.org/abs/1502.03167>`_.
-# - N. Srivastava et al.: Dropout, 2014,
-#   `JMLR 15 <https://jmlr.org/papers/v15/srivastava14a.html>`_.
+# - S. Ioffe, C. Szegedy: Batch normalization, 2015, `arXiv:1502.03167
+#   <https://arxiv.org/abs/1502.03167>`_.
+# - N. Srivastava et al.: Dropout, 2014, `JMLR 15
+#   <https://jmlr.org/papers/v15/srivastava14a.html>`_.
 # - O. Press, L. Wolf: Using the output embedding to improve language models, 2017,
 #   `arXiv:1608.05859 <https://arxiv.org/abs/1608.05859>`_: tied weights.
 # - The same questions asked: batch norm, `functorch#384

@@ -344,8 +344,8 @@ print("one more member: loop {:.2f} ms, together {:.2f} ms".format(*each))
 
 # %%
 # Both do the same arithmetic. **Where one call wins by much**, the loop probably spends
-# the rest of its time on calling operators. Larger networks may gain less, or
-# lose: ``plot_when_vmap_pays.py``. Compiled steps: ``plot_faster_training.py``.
+# the rest of its time on calling operators. Larger networks may gain less, or lose:
+# ``plot_when_vmap_pays.py``. Compiled steps: ``plot_faster_training.py``.
 #
 # The mistake: the mean in place of the sum
 # -----------------------------------------
