@@ -103,7 +103,7 @@ try:
     print(f"compiling both took {timer() - start:.1f} s")
 except torch._dynamo.exc.TorchDynamoException as problem:
     compiler = False
-    print("The compiler failed:", str(problem).splitlines()[0])
+    print("The compiler failed:", str(problem).split("\n\n")[0])
 
 # %%
 # The loop's compiled code serves every model. Changes of the weights of ``models_last``

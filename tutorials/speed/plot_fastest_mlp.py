@@ -217,7 +217,7 @@ try:
     print(f"compiling three functions took {timer() - start:.1f} s")
 except torch._dynamo.exc.TorchDynamoException as problem:
     compiler = False
-    print("The compiler failed:", str(problem).splitlines()[0])
+    print("The compiler failed:", str(problem).split("\n\n")[0])
 
 # %%
 # The better loop can call one compiled member, too.

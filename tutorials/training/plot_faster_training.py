@@ -98,7 +98,7 @@ try:
     print(f"the first call of the compiled gradient took {first_call:.1f} s")
 except torch._dynamo.exc.TorchDynamoException as error:
     compiler = False
-    print("The compiler failed:", str(error).splitlines()[0])
+    print("The compiler failed:", str(error).split("\n\n")[0])
     print("The compiled forms are left out.")
 
 # %%
