@@ -14,9 +14,10 @@ in the page: search finds it, the keyboard opens it, print shows it (see site.cs
 import hashlib
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from sphinx_design.shared import create_component
@@ -204,9 +205,11 @@ class TutorialFigure(SphinxDirective):
 
     With the last sentence of its alternative text, which says what the run found, and
     a tab for each machine that has it. Where none has, a sentence says how to make it.
+    With ``:words:`` the figure is left out, and the words stand alone.
     """
 
     required_arguments = 2
+    option_spec: ClassVar = {"words": directives.flag}
 
     def run(self):
         tutorial, number = self.arguments[0], int(self.arguments[1])
@@ -216,13 +219,16 @@ class TutorialFigure(SphinxDirective):
         for source, drawn in figures_of(self.env.app, tutorial):
             if len(drawn) >= number:
                 path, alt = drawn[number - 1]
-                figure = nodes.figure("", image(path.read_text("utf-8"), alt))
                 link, _ = self.parse_inline(f":doc:`{page}`")
                 where = nodes.Text(f", on {runner.describe(source.machine)}.")
                 found = nodes.strong("", alt.rstrip(".").rpartition(". ")[2] + ".")
                 words = [found, nodes.Text(" From "), *link, where]
-                figure += nodes.caption("", "", *words)
-                entries.append((source, [figure]))
+                if "words" in self.options:
+                    shown = nodes.paragraph("", "", *words)
+                else:
+                    shown = nodes.figure("", image(path.read_text("utf-8"), alt))
+                    shown += nodes.caption("", "", *words)
+                entries.append((source, [shown]))
         if not entries:
             text = f"The figure of :doc:`{page}` appears here after ``make html``."
             return self.parse_text_to_nodes(text)
