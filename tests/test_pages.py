@@ -101,8 +101,11 @@ def test_figures_are_small_and_have_an_alternative_text(page, html, tutorial):
 
 
 def test_landing_page_shows_the_measured_figure_and_its_machine(html, pages):
-    captions = [c.text for c in pages[html / "index.html"].select("figcaption")]
+    landing = pages[html / "index.html"]
+    captions = [c.text for c in landing.select("figcaption")]
     assert captions
+    above = landing.select_one(".highlight").find_previous("p").text
+    assert captions[-1].startswith(above.partition(" From ")[0]), "the number first"
     assert all("cores" in caption for caption in captions)
 
 
