@@ -2,111 +2,76 @@
 
 import pytest
 import torch
-from pages import functions_of, names_of, peak_bytes
-from processes import WAITING, check_that_an_interrupt_leaves_nothing, finished
+from pages import names_of, peak_bytes
 
-FUNCTIONS = functions_of("scale/plot_how_far")
+MEASURED = {1: (0.5, 1.0), 10: (1.0, 10.0), 100: (5.0, 100.0)}  # seconds, MB
 
 
 @pytest.fixture
 def page():
-    names = names_of("scale/plot_how_far")
-    names["device"] = torch.device("cpu")
-    names["skeleton"] = names["mlp"]().to("meta")
+    cpu = torch.device("cpu")
+    names = names_of("scale/plot_how_far", cpu=cpu, device=cpu)
+    names["skeleton"] = names["make_model"]().to("meta")
     return names
 
 
-def plan_of(page, num_models, devices, seconds=(1.0, 10.0), memory=1e9):
-    plan = page["plan"]
-    return plan(num_models, devices, 3600, (1, 10), seconds, 1000, 500, memory)
-
-
-@pytest.mark.parametrize("num_models", [1, 7, 90, 1001])
-@pytest.mark.parametrize("devices", [1, 2, 7, 100])
-def test_a_plan_hands_out_every_member_once_in_calls_that_were_measured(
-    page, num_models, devices
+@pytest.mark.parametrize(
+    ("num_models", "budget", "group", "seconds"),
+    [
+        (1000, 1000, 100, 10 * 5.0),  # the quickest for a model
+        (1000, 99, 10, 100 * 1.0),  # the quickest that fits
+        (1000, 1, 1, 1000 * 0.5),
+        (1001, 1000, 100, 11 * 5.0),  # a last group that is not full counts as full
+        (10, 1000, 10, 1.0),  # no group is larger than what there is to train
+        (1, 1000, 1, 0.5),
+    ],
+)
+def test_a_plan_takes_the_quickest_measured_size_that_fits(
+    page, num_models, budget, group, seconds
 ):
-    made = plan_of(page, num_models, devices)
-    rounds_of = page["rounds_of"]
-    each = [rounds_of(num_models, r, devices, made["at_once"]) for r in range(devices)]
-    given = torch.cat([own for rounds in each for own in rounds])
-    assert torch.equal(given, torch.arange(num_models))
-    assert max(sum(map(len, rounds)) for rounds in each) == made["share"]
-    assert max(len(own) for rounds in each for own in rounds) <= 10
-    # The time is that of the fullest device: one second for each member.
-    assert made["step"] == made["share"]
+    found = page["plan"](num_models, 7, MEASURED, budget)
+    assert found == (group, pytest.approx(7 * seconds))
 
 
-def test_a_plan_reproduces_both_measurements_and_has_no_negative_cost(page):
-    for seconds in [(1.0, 4.0), (2.0, 2.0), (3.0, 2.0), (0.1, 5.0)]:
-        steps = [plan_of(page, n, 1, seconds)["step"] for n in range(1, 11)]
-        assert steps[-1] == pytest.approx(seconds[1])
-        assert steps == sorted(steps)
-        assert steps[0] > 0
-        if seconds == (1.0, 4.0):
-            assert steps[0] == pytest.approx(1.0)
+def test_a_budget_that_nothing_fits_is_refused(page):
+    with pytest.raises(ValueError, match="none of the measured sizes fits"):
+        page["plan"](10, 1, MEASURED, 0.5)
+
+
+def test_a_loop_that_is_quicker_is_planned(page):
+    measured = {1: (0.5, 1.0), 10: (6.0, 10.0)}
+    assert page["plan"](100, 1, measured, 1000) == (1, 50.0)
 
 
 @pytest.mark.parametrize(
-    ("num_models", "memory", "at_once", "calls", "chunk"),
-    [
-        (10, 15e3, 10, 1, 10),  # one call
-        (10, 12e3, 8, 2, 4),  # ten states and four times what a member works with
-        (10, 3e3, 2, 5, 0),  # ten states do not fit
-        (20, 25e3, 10, 2, 10),  # no more in a call than were measured
-    ],
+    ("found", "holds"), [(0.79, False), (0.81, True), (1.24, True), (1.26, False)]
 )
-def test_memory_decides_between_one_call_chunks_and_rounds(
-    page, num_models, memory, at_once, calls, chunk
-):
-    made = plan_of(page, num_models, 1, memory=memory)
-    assert (made["at_once"], made["calls"], made["chunk"]) == (at_once, calls, chunk)
-    assert num_models * 1000 + chunk * 500 <= memory or not chunk
+def test_a_plan_that_its_check_refuses_says_so(page, found, holds):
+    said = page["verdict"](10.0, 10 * found, "s", 1.25)
+    assert ("it holds" in said) is holds
+    assert ("project nothing from it" in said) is not holds
 
 
-def test_a_member_that_does_not_fit_is_refused(page):
-    with pytest.raises(ValueError, match="not even one member fits"):
-        plan_of(page, 10, 1, memory=1499)
+@pytest.mark.parametrize("size", [1, 50, 200])
+def test_the_peak_is_that_of_the_memory_page_and_of_the_count(page, size):
+    peak = page["peak_mb"](size) * 1e6
+
+    own = peak_bytes(lambda: page["train"](size, 2))
+    assert peak == pytest.approx(own, rel=0.01)
+    parameters = sum(p.numel() for p in page["make_model"]().parameters())
+    state = 4 * 4 * parameters * size  # parameters, gradients, two numbers of Adam
+    minibatch = 4 * 32 * 64 * size
+    assert state + minibatch < peak < 2 * (state + minibatch)
 
 
-@pytest.mark.parametrize("num_models", [50, 200])
-def test_the_peak_of_memory_is_within_a_tenth_of_the_count(page, num_models):
-    params, x, y = page["begin"](num_models)
-    optimizer = torch.optim.Adam(params.values())
-    page["train_step"](params, optimizer, x, y)
-    saved = {}
-
-    def keep(t):
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = page["loss_of_all"](params, x, y)
-    for p in params.values():
-        saved.pop(p.untyped_storage().data_ptr(), None)
-    state = 4 * sum(p.nbytes for p in params.values())  # as four tensors of their size
-    held = [
-        t for p in params.values() for t in (p, p.grad, *optimizer.state[p].values())
-    ]
-    assert sum(t.nbytes for t in held if t.ndim) == state
-    del loss, params, x, y, optimizer
-
-    def call():
-        step = page["prepare"](num_models)
-        step()
-
-    assert peak_bytes(call) == pytest.approx(state + 2 * sum(saved.values()), rel=0.1)
+def test_the_peak_grows_along_a_straight_line(page):
+    few, more, many = [page["peak_mb"](size) for size in (10, 100, 400)]
+    assert few + (more - few) / 90 * 390 == pytest.approx(many, rel=0.05)
 
 
-def test_a_process_that_raises_ends_the_others_and_its_message_arrives(tmp_path):
-    scripts = ["raise ValueError('this one')", "print(1.5)"]
-    status, errors = finished(f"{FUNCTIONS}launch({scripts!r})\n", tmp_path)
-    assert status == 1
-    assert "ValueError: this one" in errors, errors
-    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+def test_groups_one_after_the_other_need_the_memory_of_one(page):
+    def job():
+        for _ in range(3):
+            page["train"](50, 2)
 
-
-def test_an_interrupt_leaves_no_process_and_no_file(tmp_path):
-    ranks = [f"import os\nos.environ['RANK'] = '{i}'\n{WAITING}" for i in range(2)]
-    script = f"{FUNCTIONS}launch({ranks!r})\n"
-    check_that_an_interrupt_leaves_nothing(script, tmp_path)
+    assert peak_bytes(job) == pytest.approx(page["peak_mb"](50) * 1e6, rel=0.05)

@@ -1,406 +1,305 @@
 """
-A plan for a thousand members, or a million
-===========================================
+How much memory and time many models need
+=========================================
 
-Compute from two measured training steps how many members of an ensemble fit on a
-device, how long they train on 1 to 1,000 devices, and what becomes the bottleneck.
+Plan the training of thousands of small models from a small run: how many to train in
+one ``torch.func.vmap`` call, how much memory that takes, and how long all of them take.
 
-**In short.** A step takes a fixed time, plus a time for each member: measure it with
-one member and with many, and you know both. More devices divide only the second part;
-with one shared disk, a checkpoint takes as long as before, and handing out data longer.
+**In short.** Measure a training step with 1, 10 and 100 models in one call. Train all
+others in groups of a size that you measured, one group after the other: the memory is
+that of one group, and the time is that of a group, times the number of groups. Then
+check the plan on a job that is longer than the small run, and drop it if it fails.
 
-Before you start, read ``plot_many_devices.py``: it splits members over processes.
+**Before you start**, read ``plot_memory.py``: it trains an ensemble in groups.
 """
 
 # %%
 # Set-up
 # ------
 
-import inspect
-import os
-import sys
-from contextlib import ExitStack
-from subprocess import PIPE, Popen
+import json
+import math
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
-from torch.utils.benchmark import Measurement, Timer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
-large, where = 100, "one core of a CPU"
+sizes, num_models, num_steps = (1, 10, 100, 1000), 4000, 100  # to measure; the job
 if device != cpu:
-    large, where = 20_000, f"one {device.type.upper()} device"
-print(f"a device here is {where}; torch {torch.__version__}")
+    sizes, num_models, num_steps = (1, 100, 1000, 10_000), 50_000, 20
+name = torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
+print(f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
 
 # %%
-# From two measurements to a plan
-# -------------------------------
+# From a small run to a plan
+# --------------------------
 #
-# The lines to copy. ``seconds`` are those of a step with ``sizes`` members. The rest
-# are bytes: ``state`` is what a member holds between two steps (parameters, gradients,
-# optimizer), ``working`` what it needs during one, ``memory`` what a device has.
+# The lines to copy. They choose among the sizes that were measured, and never a larger
+# one.
 
 
-def plan(num_models, devices, num_steps, sizes, seconds, state, working, memory):
-    """Members of a device, calls of a step, members of a call, and the time."""
-    if state + working > memory:
-        raise ValueError("not even one member fits into the memory of a device")
-    slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
-    per_member = min(max(slope, 0), seconds[1] / sizes[1])  # no cost is negative
-    fixed = seconds[1] - sizes[1] * per_member
-    share = -(-num_models // devices)  # rounded up
-    at_once = min(share, int(memory // (state + working)), sizes[1])
-    calls = -(-share // at_once)
-    room = int((memory - share * state) // working)  # if all stay in memory
-    chunk = max(0, min(at_once, room))
-    step = calls * fixed + share * per_member
-    found = dict(share=share, at_once=at_once, calls=calls, chunk=chunk, step=step)
-    return found | {"hours": num_steps * step / 3600}
+def plan(num_models, num_steps, measured, budget):
+    """Models of a group, and seconds of all groups, one after the other.
 
+    ``measured`` maps models of a call to seconds of a step and MB at its peak.
+    """
+    total = {
+        size: math.ceil(num_models / size) * num_steps * seconds
+        for size, (seconds, mb) in measured.items()
+        if mb <= budget
+    }
+    if not total:
+        raise ValueError("none of the measured sizes fits into the budget")
+    group = min(total, key=total.get)
+    return group, total[group]
 
-# Invented numbers, to show what goes in and what comes out:
-sizes, seconds, counted = (1, 1000), (0.001, 0.05), (40_000, 20_000, 16e9)
-for devices in 1, 8, 1000:
-    made = plan(1_000_000, devices, 10_000, sizes, seconds, *counted)
-    print(f"{devices} devices:", *(f"{name} {value:g}" for name, value in made.items()))
 
 # %%
-# A share that does not fit, or is larger than what you measured, needs several calls:
+# With several devices, each trains a share: ask the plan for the largest share, and
+# measure while all of them are busy (``plot_many_devices.py``).
 #
-# - **Rounds**: train ``at_once`` members to their end, then the next. Members are
-#   independent, so this always works, and needs the memory of one round.
-# - **Chunks** of each step (``plot_memory.py``), only for members that must step
-#   together: at most ``chunk`` in a call, since the states of all stay in memory. With
-#   a ``chunk`` of 0 they do not fit.
-# - **Shards**: more devices (``plot_many_devices.py``), where rounds take too long, or
-#   the chunk is 0.
+# The models and their training step
+# ----------------------------------
 #
-# A member and its training step
-# ------------------------------
+# Put yours here. One model alone is an ordinary module with an optimizer of its own; a
+# group has stacked parameters, one optimizer and one backward pass. Each model has a
+# minibatch of its own.
 
 
-def mlp():
+def make_model():
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 with torch.device("meta"):
-    skeleton = mlp()
+    skeleton = make_model()
 
 
-def begin(num_models, **options):
-    """Parameters and a minibatch of each member, all random."""
-    options = {"device": device} | options
+def draw(num_models, **options):
+    """Parameters and a minibatch for each model."""
     shapes = {name: p.shape for name, p in skeleton.named_parameters()}
     params = {k: torch.randn(num_models, *s, **options) / 8 for k, s in shapes.items()}
     x = torch.randn(num_models, 32, 64, **options)
-    for p in params.values():
-        p.requires_grad_()
     return params, x, x[..., :10].argmax(dim=-1)
 
 
-def loss_of_all(params, x, y):
-    def call(params, x):
-        return functional_call(skeleton, params, (x,), strict=True)
-
-    logits = vmap(call)(params, x)  # [members, 32, 10]
-    return F.cross_entropy(logits.mT, y, reduction="none").mean(dim=1).sum()
-
-
-def train_step(params, optimizer, x, y):
-    optimizer.zero_grad()
-    loss_of_all(params, x, y).backward()
-    optimizer.step()
+def model_loss(params, x, y):
+    return F.cross_entropy(functional_call(skeleton, params, (x,), strict=True), y)
 
 
 # %%
-# Any plan trains the same members
-# --------------------------------
-#
-# A plan must not change, forget or repeat a member. Seven train on "three devices" in
-# rounds of two, then one by one, without ``vmap``, both in float64 on the CPU.
 
 
-def rounds_of(num_models, rank, devices, at_once):
-    """Numbers of the members that a device trains: a tensor for each round."""
-    share = -(-num_models // devices)  # rounded up
-    return torch.arange(num_models)[rank * share : (rank + 1) * share].split(at_once)
+def step_of_group(params, x, y):
+    """A function that trains all models of a group for one step."""
+    params = {name: p.requires_grad_() for name, p in params.items()}
+    optimizer = torch.optim.Adam(params.values(), fused=True)
 
-
-params, x, y = begin(7, dtype=torch.float64, device="cpu")
-trained = []
-for own in [own for rank in range(3) for own in rounds_of(7, rank, 3, at_once=2)]:
-    mine = {k: p[own].detach().requires_grad_() for k, p in params.items()}
-    optimizer = torch.optim.Adam(mine.values())
-    for _ in range(10):
-        train_step(mine, optimizer, x[own], y[own])
-    trained += mine["0.weight"].detach()
-alone = []
-for i in range(7):
-    model = mlp().cpu().double()
-    model.load_state_dict({name: p[i] for name, p in params.items()})
-    optimizer = torch.optim.Adam(model.parameters())
-    for _ in range(10):
+    def step():
         optimizer.zero_grad()
-        F.cross_entropy(model(x[i]), y[i]).backward()
+        vmap(model_loss)(params, x, y).sum().backward()
         optimizer.step()
-    alone.append(model[0].weight.detach())
-wrong = "split members are not those that train alone"
-trained, alone = torch.stack(trained), torch.stack(alone)
-torch.testing.assert_close(trained, alone, atol=1e-10, rtol=0, msg=wrong)
-print("7 members, split over devices and rounds, are those trained alone (1e-10)")
+
+    return step
+
+
+def step_of_one(model, x, y):
+    """The same for one module, without vmap."""
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def begin(size, device=device):
+    params, x, y = draw(size, device=device)
+    if size == 1:
+        return step_of_one(make_model().to(device), x[0], y[0])
+    return step_of_group(params, x, y)
+
 
 # %%
-# How many members fit
-# --------------------
+# A plan must not change what is trained. The second of three models, in the group and
+# alone, in float64 on the CPU:
+
+params, x, y = draw(3, dtype=torch.float64, device="cpu")
+one = make_model().cpu().double()
+one.load_state_dict({name: p[1] for name, p in params.items()})
+together, alone = step_of_group(params, x, y), step_of_one(one, x[1], y[1])
+for _ in range(10):
+    together()
+    alone()
+off = (params["0.weight"][1] - one[0].weight).abs().max().item()
+assert off < 1e-10, f"a model of a group is not the model trained alone: {off:.0e}"
+print(f"after ten steps, at most {off:.0e} apart")
+
+# %%
+# The small run
+# -------------
 #
-# Count. With Adam a member holds four numbers for each parameter: itself, its gradient,
-# two moments. The activations that autograd saves for the backward pass go through a
-# hook; their gradients take about as much again.
-
-params, x, y = begin(100)
-optimizer = torch.optim.Adam(params.values())
-train_step(params, optimizer, x, y)
-held = [t for p in params.values() for t in (p, p.grad, *optimizer.state[p].values())]
-state = sum(t.nbytes for t in held if t.ndim) // 100  # without the count of steps
-
-saved = {}
+# The sizes take turns, five of ten steps each, after two steps to warm up. The plan
+# gets the mean of the 50 steps, because a long job also pays for the slow ones. Memory
+# is the peak of all tensors in two steps, read from PyTorch's profiler on the CPU. What
+# a library takes by itself is not seen. On CUDA,
+# ``torch.cuda.max_memory_allocated()`` tells the peak of the device.
 
 
-def keep(t):
-    saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    return t
+def train(size, num_steps, device=device):
+    step = begin(size, device)
+    for _ in range(num_steps):
+        step()
 
 
-with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-    loss = loss_of_all(params, x, y)
-for p in params.values():
-    saved.pop(p.untyped_storage().data_ptr(), None)  # counted in the state
-working = 2 * sum(saved.values()) // 100
-memory = 16e9  # assumed: a small GPU, the NVIDIA T4
-print(f"counted, a member: {state:,} bytes of state, {working:,} to work with")
-print(f"projected: {memory // (state + working):,.0f} fit into {memory / 1e9:.0f} GB")
+def peak_mb(size):
+    """Most memory of tensors, in millions of bytes, while a group takes two steps."""
+    cpu_only = [ProfilerActivity.CPU]
+    with (
+        torch.autograd.set_multithreading_enabled(False),  # nothing is freed later
+        profile(activities=cpu_only, profile_memory=True, acc_events=True) as record,
+    ):
+        train(size, 2, "cpu")
+    with TemporaryDirectory() as folder:
+        record.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    events = [event for event in events if event["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in events)) / 1e6
+
+
+def seconds_of(step, calls=10):
+    start = timer()  # waits for a GPU
+    for _ in range(calls):
+        step()
+    return (timer() - start) / calls
+
 
 # %%
-# Leave a margin (tested on a CPU: the peak is within a tenth of the count), or measure
-# your own peak: ``plot_memory.py``.
+
+steps = [begin(size) for size in sizes]
+for step in steps:
+    seconds_of(step, calls=2)  # warm-up
+start = timer()
+turns = torch.tensor([[seconds_of(step) for step in steps] for _ in range(5)])
+small_run = timer() - start
+measured = {}
+print("models of a call  peak [MB]  a step [ms], turns from .. to  a model [us]")
+for size, turn in zip(sizes, turns.T, strict=True):
+    measured[size] = mean, mb = turn.mean().item(), peak_mb(size)
+    spread = f"{turn.min() * 1e3:.2f} .. {turn.max() * 1e3:.2f}"
+    print(
+        f"{size:16,}{mb:11.3g}{mean * 1e3:13.2f} {spread:>17}{mean / size * 1e6:14.1f}"
+    )
+
+# %%
+# With one model in the call, the step is that of the ordinary module. Where the largest
+# size has the smallest time for a model, a still larger one may be quicker: add it.
 #
-# How long a step takes, with one member and with many
-# ----------------------------------------------------
+# The plan, and a job that checks it
+# ----------------------------------
 #
-# The plan gets the times of one member and of ``large``. The other two test it: is the
-# line between both straight, and is ``large`` large enough? Medians (and interquartile
-# ranges) of five turns after a warm-up, float32.
+# The job starts every group anew and trains it to its end; you would save it then. The
+# memory that one call of all models would need is projected along a line from two
+# sizes, and measured. A plan holds if time is within a quarter and memory within a
+# tenth.
 
 
-def time_each(*functions):
-    """A ``Measurement`` of each; they take turns, so drift hits all alike."""
-    timers = [Timer("f()", globals={"f": f}, num_threads=1) for f in functions]
-    turns = [[t.blocked_autorange(min_run_time=0.05) for t in timers] for _ in range(5)]
-    return [Measurement.merge(turn)[0] for turn in zip(*turns, strict=True)]
+def rounded(number):
+    """Two digits, no more than a projection deserves."""
+    return f"{float(f'{number:.2g}'):,g}"
 
 
-def prepare(num_models):
-    params, x, y = begin(num_models)
-    optimizer = torch.optim.Adam(params.values())
-    train_step(params, optimizer, x, y)
-    return lambda: train_step(params, optimizer, x, y)
+def verdict(planned, found, unit, within):
+    ratio = found / planned
+    holds = "it holds" if 1 / within < ratio < within else "project nothing from it"
+    both = f"planned {rounded(planned)} {unit}, found {rounded(found)} {unit}"
+    return f"{both}, {ratio:.2f} of the plan: {holds}"
 
 
-counts = [1, large // 10, large, 4 * large]
-one, tenth, many, four = times = time_each(*map(prepare, counts))
-for size, time in zip(counts, times, strict=True):
-    ms = f"{time.median * 1e3:.2f} ms a step ({time.iqr * 1e3:.2f})"
-    each = f"{time.median / size * 1e6:.1f} us a member"
-    print(f"measured, {size:6,} members: {ms}, {each}")
+budget = 1000  # MB: yours
+group, seconds = plan(num_models, num_steps, measured, budget)
+print(f"planned: {num_models:,} models, {num_steps} steps, in groups of {group:,}")
+start = timer()
+for _ in range(math.ceil(num_models / group)):
+    train(group, num_steps)  # save it here
+took = timer() - start
+print("time:", verdict(seconds, took, "s", within=1.25))
+
+(few, less), (more, much) = [(size, measured[size][1]) for size in sizes[1:3]]
+line = less + (num_models - few) * (much - less) / (more - few)
+peak = peak_mb(num_models)
+print("all in one call:", verdict(line, peak, "MB", within=1.1))
+print(f"the job was {rounded(took / small_run)} times as long as the small run")
 
 # %%
-# And with two devices?
-# ---------------------
+# If the time fails, compare the turns: where they differ as much, other programs were
+# probably running. Then time ``begin``, which the plan leaves out. If the memory fails,
+# measure nearer to the size that you want.
 #
-# Training communicates nothing, so plain processes will do for this test (to train, see
-# ``plot_many_devices.py``). Each does the rounds of its plan on its own core or GPU.
-
-
-def work(num_models, rank, devices, at_once):
-    """Print the seconds of a step, the sum of all rounds of a device."""
-    seconds = 0
-    for own in rounds_of(num_models, rank, devices, at_once):
-        timer = Timer("step()", globals={"step": prepare(len(own))})  # one thread
-        seconds += timer.blocked_autorange(min_run_time=0.2).median
-    print(seconds)
-
-
-def launch(scripts):
-    """Run scripts at the same time; return the number that each prints."""
-    with ExitStack() as ending:
-        running = []
-        for script in scripts:
-            process = Popen([sys.executable, "-c", script], stdout=PIPE, stderr=PIPE)
-            running.append(ending.enter_context(process))
-            ending.callback(process.kill)  # also if this page is interrupted
-        said = [process.communicate(timeout=100) for process in running]
-        if any(process.returncode for process in running):
-            raise RuntimeError(b"".join(errors for _, errors in said).decode())
-        return [float(printed.split()[-1]) for printed, _ in said]
-
-
-# %%
-
-imports = """
-import torch, torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call, vmap
-from torch.utils.benchmark import Timer
-"""
-names = f"device = torch.device('{device.type}')\nskeleton = mlp().to('meta')"
-functions = [begin, loss_of_all, train_step, prepare, rounds_of, work]
-script = [imports, inspect.getsource(mlp), names, *map(inspect.getsource, functions)]
-use = "" if device == cpu else "torch.accelerator.set_device_index({})\n"
-num_models, took = 10 * large, {}
-available = os.cpu_count() if device == cpu else torch.accelerator.device_count()
-for n in {1, min(2, available)}:
-    calls = [use.format(i) + f"work({num_models}, {i}, {n}, {large})" for i in range(n)]
-    took[n] = max(launch("\n\n".join([*script, call]) for call in calls))
-
-# %%
-# Does the projection hold?
-# -------------------------
-
-known = [(1, large), (one.median, many.median), state, working, memory]
-
-
-def project(num_models, devices):
-    """Projected seconds of a step."""
-    return plan(num_models, devices, 1, *known)["step"]
-
-
-million = 1_000_000
-measured = {(large // 10, 1): tenth.median}
-measured |= {(num_models, n): time for n, time in took.items()}
-print("  members  devices  projected [ms]  measured [ms]  measured / projected")
-for size in [*measured, (num_models, 1000), (million, 1), (million, 1000)]:
-    print("{:9,} {:8,}".format(*size), f"{project(*size) * 1e3:15,.2f}", end="")
-    time = measured.get(size)
-    print(f"{time * 1e3:15.2f}  {time / project(*size):.2f}" if time else f"{'-':>15}")
-ratio = four.median / project(4 * large, 1)
-faster = "rounds are" if ratio > 1 else "one call is"
-print(f"One call of {4 * large:,} took {ratio:.2f} times the projected rounds,")
-print(f"so {faster} faster here")
-
-# %%
-# **The last column is the margin to plan with.** Above 1, devices share something (two
-# cores: caches and memory) or were not free. If one call is slower than rounds, it
-# leaves the caches, or takes fresh memory in each step: **never project to larger
-# calls**. If it is clearly faster, the device was not full: plan with a larger
-# ``large``.
+# **No check, no projection.** A million models, or 10,000 steps, are more of the same
+# groups, but this run has not checked them. Compare the first hundredth of such a job
+# with its plan while it runs, and stop if they disagree.
 #
-# More devices do not shorten the fixed time
-# ------------------------------------------
+# The mistake: to multiply the time of one model
+# ----------------------------------------------
+#
+# The time of one model, times their number, is that of a loop over models. It says
+# nothing of a group:
 
-hours = 10_000 / 3600  # of 10,000 steps of a second
-devices = [round(10 ** (i / 20)) for i in range(61)]
+guess = num_models * num_steps * measured[1][0]
+said = f"the job took {rounded(took)} s; from one model, one plans {rounded(guess)} s"
+print(said)
+
+# %%
+
+ms = 1e3 * turns
 fig, ax = plt.subplots(layout="constrained")
-for style, size in [("C0--", num_models), ("C1--", million)]:
-    line = [hours * project(size, n) for n in devices]
-    ax.loglog(devices, line, style, label=f"{size:,} members, projected")
-marks = [hours * time for time in took.values()]
-ax.plot(took.keys(), marks, "C0o", label=f"{num_models:,} members, measured")
-ax.plot(1, hours * one.median, "C2s", label="1 member, measured")
-ax.axhline(hours * one.median, color="C2", linestyle=":")
-ax.set_title(f"Training for 10,000 steps, each device {where}, float32")
-ax.set_xlabel("devices")
-ax.set_ylabel("time of the training [h]")
+ax.loglog(sizes, ms.mean(0)[0] * torch.tensor(sizes), "C1--", label="time of one, x n")
+bars = torch.stack([ms.mean(0) - ms.min(0).values, ms.max(0).values - ms.mean(0)])
+ax.errorbar(sizes, ms.mean(0), bars, fmt="C0o-", capsize=4, label="measured together")
+ax.set_title(f"A training step of n models, {name}, float32")
+ax.set_xlabel("models n of a call")
+ax.set_ylabel("time of a step [ms]")
 ax.legend()
 fig.set_label(
-    "Hours of training against devices, both logarithmic; dashed is projected. The "
-    f"line of {million:,} members falls all along; that of {num_models:,}, with solid "
-    "measured marks at its left end, flattens near the time of a single member."
+    "Time of a step against models of a call, both logarithmic: measured, with bars "
+    "from the shortest turn to the longest, and the time of one model times their "
+    f"number. In the end, {said}."
 )
 
 # %%
-# While calls are full, twice the devices take half the time. With fewer members in a
-# call, its time approaches the fixed time, which no number of devices divides. (Where
-# the number of calls changes, the line has a kink.) **Stop adding devices when a share
-# is smaller than a call.**
-#
-# What becomes the bottleneck
-# ---------------------------
-#
-# Training communicates nothing; what surrounds it does. These are **assumptions**: put
-# your numbers there.
-
-network = 1.25e9  # bytes/s of a device: 10-gigabit Ethernet
-delay = 0.25e-3  # seconds to another device: half a round trip in a data center [1]
-disk = 1e9  # bytes/s for all devices together: an SSD [1]
-data_set, answers = 1e9, 10_000 * 10 * 4  # bytes; answers: 10,000 rows, 10 classes
-num_steps = 1000  # from one checkpoint to the next
-
-
-def costs(n):
-    """Projected seconds from one checkpoint to the next, on n devices."""
-    return {
-        "training": num_steps * project(million, n),
-        "all-reduce [2], prediction": 2 * (n - 1) * (delay + answers / n / network),
-        "checkpoint": 0.75 * state * million / disk,  # without the gradients
-        "data set, to all devices": n * data_set / disk,
-        "minibatches, from disk": num_steps * million * x[0].nbytes / disk,
-    }
-
-
-table = {n: costs(n) for n in range(1, 1001)}
-marks = (1, 10, 100, 1000)
-print(f"projected seconds of {num_steps:,} steps, {million:,} members")
-print(f"{'devices':26}", *(f"{n:8,}" for n in marks), " exceeds training from")
-for name in table[1]:
-    first = [n for n in table if table[n][name] > table[n]["training"]]
-    shown = [f"{table[n][name]:8,.1f}" for n in marks]
-    print(f"{name:26}", *shown, f" {first[0]} devices" if first else " -")
-for n in marks:
-    print(f"with {n:5,}, the longest is: {max(table[n], key=table[n].get)}")
-
-# %%
-# All is projected: "training" from measured steps, the rest from counted bytes and the
-# assumed rates; the last two rows are alternatives. A **checkpoint** takes as long with
-# more devices, while training gets shorter: write fewer. A **data set** that all read
-# from one disk is better read once and sent by ``torch.distributed.broadcast``. Members
-# that read their **minibatches** from disk wait for it: keep the data on the device, as
-# ``plot_training.py`` does.
-#
-# The mistake: to plan from one measurement
-# -----------------------------------------
-#
-# What one member takes, times their number:
-
-guess, found = 4 * large * one.median * 1e3, four.median * 1e3
-print(f"{4 * large:,} members: guessed {guess:.1f} ms a step, measured {found:.1f}")
-
-# %%
-# It counts the fixed time for each member. To divide the time of many by the devices is
-# the opposite mistake: it divides the fixed time, too.
+# If one model times their number comes close to the job, a loop does as well as groups:
+# the plan then says groups of 1, or nearly the same time for them.
 #
 # Remember
 # --------
 #
-# Two sizes give you the fixed time and that of a member. Never plan with larger calls
-# than you measured; **stop adding devices when calls are not full**. Check the plan on
-# two devices before you rent a thousand.
+# Measure a step at several sizes, train in groups of a size that you measured, and
+# multiply by the number of groups. Check the plan on a longer job, and go no further
+# than that check.
 #
 # Next
 # ----
 #
 # - ``plot_per_sample_gradients.py``: the same transforms for other jobs.
-# - ``plot_fastest_ensemble.py``: a shorter step on one device.
+# - ``plot_faster_training.py``: a shorter step.
+# - ``plot_many_devices.py``: a share of the models for each device.
+# - ``plot_saving.py``: to keep the models of a group before the next one starts.
 #
-# References
-# ----------
+# Reference
+# ---------
 #
-# - [1] J. Dean, P. Norvig: `Latency numbers every programmer should know
-#   <https://gist.github.com/jboner/2841832>`_.
-# - [2] P. Patarasuk, X. Yuan: Bandwidth optimal all-reduce algorithms for clusters of
-#   workstations, 2009, `doi:10.1016/j.jpdc.2008.09.002
-#   <https://doi.org/10.1016/j.jpdc.2008.09.002>`_.
+# PyTorch: `torch.cuda.max_memory_allocated
+# <https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.max_memory_allocated.html>`_.
