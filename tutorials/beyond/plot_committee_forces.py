@@ -3,11 +3,11 @@ Forces of a committee
 =====================
 
 Compute the energies and forces of a committee of small networks in one call, train it
-on both, and let it help to choose which configurations to label next.
+on both, and see whether its disagreement tells which configurations to label next.
 
-**In short.** The force is minus the slope of the energy by the positions: write it for
-one member at one place, by ``grad_and_value`` with ``argnums=1``, and map it over
-places and over members by ``vmap``; ``backward`` goes through both. On the test surface
+**In short.** The force is minus the slope of the energy by the positions. Write it for
+one member at one place, by ``grad_and_value`` with ``argnums=1``, map it over places
+and over members by ``vmap``, and train through it by ``backward``. On the test surface
 of this page, labels far apart beat random ones, and the fifteen largest disagreements
 of a pool do not: they lie side by side.
 
@@ -162,7 +162,7 @@ x_test, pools = x[:500], x[500 : 500 + num_repeats * size].view(num_repeats, siz
 # Each of twelve repeats has a pool of 1,500 configurations, 15 of them labeled, and a
 # committee of four members. Twice, 15 more are chosen and the committee is trained
 # anew. ``spread`` is the **disagreement** at each configuration, the standard deviation
-# of its members' forces; ``taken`` are the rows of the pool that have a label.
+# of the four forces there; ``taken`` are the rows of the pool that have a label.
 
 
 def largest(taken, score):  # [12, 15 or 30], [12, 1500] -> [12, 15]
@@ -212,9 +212,10 @@ ways = {
 # One stack for all committees
 # ----------------------------
 #
-# The committees of all ways and repeats train together: 240 networks in one stack. In a
-# repeat, all ways begin with the same labels and the same initial weights. The learning
-# rate, the steps and the factor 0.1 of the loss were set by hand, alike for all ways.
+# The committees of all ways and repeats train together: 240 networks in one stack (48
+# where all ways still have the same labels). In a repeat, all ways begin with the same
+# labels and the same initial weights. The learning rate, the steps and the factor 0.1
+# of the loss were set by hand, alike for all ways.
 
 starts, _ = stack_module_state([build().to(device) for _ in range(4 * num_repeats)])
 
@@ -313,16 +314,17 @@ fig.set_label(
 # %%
 # **Where far apart is better than random, no committee was needed to choose.** Where
 # *far and disagreeing* is not better than *far apart*, the disagreement added nothing
-# to the distance. Where it is better than random and *most disagreement* is not, the
-# distance makes the difference, since that is what the two ways differ by. The last
-# lines printed above show how near to a label each way chooses: in a random 3 % of the
-# pool, few rows are neighbors.
+# to the distance. Where *far and disagreeing* is better than random and *most
+# disagreement* is not, the distance makes the difference, because the two ways differ
+# by nothing else. *Most of 3 %* looks at a random part of the pool, whose rows lie
+# farther apart than those of the whole. The last lines printed above show how far from
+# the nearest label each way chooses.
 #
-# All this is about one surface of two coordinates, about pools that cover it evenly,
-# and about 15 labels at a time. On organic molecules, a tenth of the labels, chosen by
-# disagreement, did as well as random ones (Smith and others). There, a distance has to
-# be chosen, and it probably tells less in many coordinates. So compare on your own
-# pool, and let both random labels and labels far apart take part.
+# All this is about one surface of two coordinates, about pools and test places that
+# cover it evenly, and about 15 labels at a time. On organic molecules, labels chosen by
+# disagreement did as well as ten times as many without it (Smith and others). There, a
+# distance has to be chosen, and it probably tells less in many coordinates. So compare
+# on your own pool, and let both random labels and labels far apart take part.
 
 fig, axes = plt.subplots(1, 2, sharey=True, layout="constrained")
 for ax, row in zip(axes, [1, 3], strict=True):
