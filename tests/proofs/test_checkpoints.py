@@ -2,37 +2,42 @@
 
 import pytest
 import torch
-from pages import functions_of, names_of
+from pages import functions_of, names_of, text_of
 from processes import finished
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 FUNCTIONS = functions_of("scale/plot_checkpoints")
 NAMESPACE = names_of("scale/plot_checkpoints")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+TORCHRUN += ["--log-dir=.", "--nproc-per-node=2"]
 
 
-def undisturbed(num_models, num_steps):
+def undisturbed(num_models, num_steps, dtype):
     members = range(num_models)
-    params, optimizer = NAMESPACE["begin"](members, "cpu", torch.float64)
+    params, optimizer = NAMESPACE["begin"](members, "cpu", dtype)
     for step in range(num_steps):
-        NAMESPACE["train_step"](params, optimizer, members, step + 1)
+        batches = NAMESPACE["draw"](members, step + 1, params)
+        NAMESPACE["train_step"](params, optimizer, *batches)
     state = {name: p.detach() for name, p in params.items()}
     for name, p in params.items():
         state |= {f"{name}.{key}": t for key, t in optimizer.state[p].items()}
     return state
 
 
-def check_checkpoint(folder, num_models, num_steps):
+def check_checkpoint(folder, num_models, num_steps, dtype=torch.float64, atol=1e-10):
     """The checkpoint holds what one process has after these steps."""
     dcp_to_torch_save(folder, folder / "all.pt")
-    found, expected = torch.load(folder / "all.pt"), undisturbed(num_models, num_steps)
+    found = torch.load(folder / "all.pt")
+    expected = undisturbed(num_models, num_steps, dtype)
     assert found.keys() == expected.keys()
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 # Processes by fork need not import torch again.
 FORKED = """
 import itertools
 import torch._dynamo  # what the first step of an optimizer imports: once for all
+import time
 import torch.multiprocessing as mp
 from datetime import timedelta
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -59,13 +64,42 @@ def go_on(rank, world, num_models, folder, until, dies=False):
     # as work of plot_checkpoints.py, for ten steps
     members = share(num_models, rank, world)
     params, optimizer = begin(members, cpu, torch.float64)
-    done = load_latest(params, optimizer, num_models, cpu, folder)
+    done = load_latest(params, optimizer, num_models, folder)
     assert done == until - 10, done
     for step in range(done + 1, until + 1):
-        train_step(params, optimizer, members, step)
+        train_step(params, optimizer, *draw(members, step, params))
     if dies and rank == world - 1:
         FileSystemWriter.write_data = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-    save(params, optimizer, num_models, cpu, folder, until)
+    save(params, optimizer, num_models, folder, until)
+
+
+def save_slowly(rank, world, asynchronously):
+    # every other process writes late; process 0 goes on when all have written
+    write, folder = FileSystemWriter.write_data, f"slow-{asynchronously}"
+
+    def late(*args):
+        time.sleep(0.5 * rank)
+        writing = write(*args)
+        writing.wait()
+        Path(f"{folder}-{rank}").touch()
+        return writing
+
+    FileSystemWriter.write_data = late
+    params, optimizer = begin(share(4, rank, world), cpu, torch.float64)
+    for step in range(1, 11):
+        train_step(params, optimizer, *draw(share(4, rank, world), step, params))
+    tensors = declare(params, optimizer, 4)
+    if asynchronously:
+        saving = dcp.async_save(tensors, checkpoint_id=folder)
+        train_step(params, optimizer, *draw(share(4, rank, world), 11, params))
+        saving.result()
+    else:
+        dcp.save(tensors, checkpoint_id=folder)
+    assert all(Path(f"{folder}-{i}").exists() for i in range(world))
+
+
+fork(save_slowly, 2, False)
+fork(save_slowly, 2, True)
 
 
 for num_models, worlds in {8: (4, 2, 1), 5: (2, 1, 3)}.items():
@@ -77,7 +111,7 @@ try:
     fork(go_on, 2, 4, "half", 20, True)
 except mp.ProcessExitedException as error:
     assert error.signal_name == "SIGKILL", error
-assert Path("half/20").exists() and not Path("half/20/.metadata").exists()
+assert Path("half/20.part").exists() and not Path("half/20").exists()
 fork(go_on, 1, 4, "half", 20)
 
 
@@ -114,17 +148,17 @@ def save_otherwise(rank, world):
     members = split_otherwise(rank, world)
     params, optimizer = begin(members, cpu)
     try:
-        declare(params, optimizer, 10, cpu)
+        declare(params, optimizer, 10)
     except ValueError as error:
         Path(f"refused-{rank}").write_text(str(error))
     globals()["share"] = lambda *_: members  # so declare has nothing to refuse
-    dcp.save(declare(params, optimizer, 10, cpu), checkpoint_id="other-split")
+    dcp.save(declare(params, optimizer, 10), checkpoint_id="other-split")
 
 
 def load_otherwise(rank, world):
     params, optimizer = begin(share(10, rank, world), cpu)
     try:
-        dcp.load(declare(params, optimizer, 10, cpu), checkpoint_id="other-split")
+        dcp.load(declare(params, optimizer, 10), checkpoint_id="other-split")
     except dcp.api.CheckpointException as error:
         Path(f"not-loaded-{rank}").write_text(str(error))
 
@@ -149,8 +183,30 @@ def test_another_number_of_processes_goes_on_whether_it_divides_or_not(
     check_checkpoint(forked / f"m{num_models}" / "30", num_models, 30)
 
 
-def test_a_death_while_writing_leaves_no_metadata_and_the_step_is_done_again(forked):
+def test_a_death_while_writing_leaves_a_part_and_the_step_is_done_again(forked):
     check_checkpoint(forked / "half" / "20", 4, 20)
+
+
+@pytest.mark.parametrize("asynchronously", [False, True])
+def test_saved_is_what_all_have_written_also_while_training_goes_on(
+    forked, asynchronously
+):
+    check_checkpoint(forked / f"slow-{asynchronously}", 4, 10)
+
+
+def test_the_page_that_a_reader_downloads_is_a_train_py(tmp_path):
+    page = text_of("scale/plot_checkpoints")
+    for _ in range(2):  # the second time goes on after the last step
+        status, errors = finished(page, tmp_path, *TORCHRUN)
+        assert status == 0, errors
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"10", "20", "30", "40"}
+    check_checkpoint(tmp_path / "checkpoints" / "40", 8, 40, torch.float32, 1e-2)
+
+
+def test_names_with_dots_are_no_names_of_parameters():
+    with pytest.raises(KeyError, match="parameter name"):
+        torch.nn.ParameterDict(NAMESPACE["begin"](range(2), "cpu")[0])
 
 
 def test_another_split_than_that_of_shard_0_is_refused(forked):
@@ -173,14 +229,13 @@ def test_a_name_for_each_member_needs_no_dtensor(forked):
 def test_the_variable_lets_torchrun_restart_a_killed_job(tmp_path):
     script = f"""{FUNCTIONS}
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    minibatch = killing(minibatch, 7, 16)
-work(8, 30, "saved", "cpu", torch.float64)
+    draw = deadly_draw
+work(8, 40, "saved", torch.device("cpu"), torch.float64)
 """
-    options = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    options += ["--log-dir=.", "--nproc-per-node=2", "--max-restarts=1"]
+    options = [*TORCHRUN, "--max-restarts=1"]
     variable = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     # torchrun may abort at its very end, when all is saved: its status says little.
     _, errors = finished(script, tmp_path, *options, **variable)
-    assert (tmp_path / "saved" / "30" / ".metadata").exists(), errors
+    assert (tmp_path / "saved" / "40").exists(), errors
     assert "exitcode: -9" in errors, errors
-    check_checkpoint(tmp_path / "saved" / "30", 8, 30)
+    check_checkpoint(tmp_path / "saved" / "40", 8, 40)

@@ -3,12 +3,13 @@ One ensemble on many devices
 ============================
 
 Train the members of one ensemble in as many processes as you have GPUs or CPU cores:
-without dropout, any number of processes makes the same members, up to rounding.
+independent members need no process group, only a share and a device for each process.
 
-**In short.** Give every process a share of the members and a device, and derive each
-random number from the member's number, never from the process's. Training then needs
-no communication, and the prediction of the whole ensemble needs **one all-reduce**, of
-as many numbers as a single member predicts.
+**In short.** Derive each random number from the number of the member, never from that
+of the process: then any number of processes makes the same members, up to rounding. You
+want a process group where processes exchange something while they run: probabilities,
+whose sum takes **one all-reduce**, or gradients, if each process holds all members and
+a part of the data.
 
 Before you start, read ``plot_training.py``: it trains the members of one process.
 """
@@ -16,12 +17,13 @@ Before you start, read ``plot_training.py``: it trains the members of one proces
 # %%
 # Set-up
 # ------
+#
+# This section and the next are a complete ``train.py``, which needs ``os`` and torch.
 
 import inspect
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -31,39 +33,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
-
-cpu = torch.device("cpu")
-device = torch.accelerator.current_accelerator(check_available=True) or cpu
-devices = torch.accelerator.device_count()
-where = f"a CPU with {os.cpu_count()} cores"
-if device != cpu:
-    where = f"{devices} x {device.type.upper()}"
-print(f"{where}, torch {torch.__version__}, float32 but for the check")
+from torch.utils.benchmark import timer
 
 # %%
 # Split the members over the processes
 # ------------------------------------
 #
-# The lines to copy into ``train.py``: the imports from torch, and the functions of the
-# next three cells. A member is known by its number, and all its random numbers follow
-# from it: ``torch.manual_seed(rank)`` would make other members for another number of
-# processes. With data of your own, draw
-# ``rows = torch.randint(len(data), (32,), generator=generator)`` instead.
+# Put your model into ``build``. With data of your own, draw in ``minibatch``
+# ``rows = torch.randint(len(data), (32,), generator=generator)``.
 
 
 def share(num_models, rank, world):
     """Numbers of the members that process ``rank`` of ``world`` trains."""
     size = -(-num_models // world)  # rounded up
     return range(num_models)[rank * size : (rank + 1) * size]
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def build(member):
-    torch.manual_seed(member)
-    return mlp()
 
 
 def minibatch(member, step):
@@ -73,13 +56,32 @@ def minibatch(member, step):
 
 
 # %%
-# Each process trains its members as if there were no others:
 
 
-def forward(params, x, in_dims):
+def build(member):
+    torch.manual_seed(member)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def begin(members, device, dtype=torch.float32):
+    params, _ = stack_module_state([build(i).to(device, dtype) for i in members])
+    return params, torch.optim.Adam(params.values(), lr=0.003)
+
+
+def draw(members, step, params):
+    """Stacked minibatches, on the device and in the dtype of the parameters."""
+    x, y = zip(*[minibatch(i, step) for i in members], strict=True)
+    like = params["0.weight"]
+    return torch.stack(x).to(like), torch.stack(y).to(like.device)
+
+
+# %%
+
+
+def forward(params, x, in_dims=(0, 0)):
     """Logits of all members whose stacked parameters are given."""
     with torch.device("meta"):
-        skeleton = mlp()
+        skeleton = build(0)
 
     def call(params, x):
         return functional_call(skeleton, params, (x,), strict=True)
@@ -87,33 +89,70 @@ def forward(params, x, in_dims):
     return vmap(call, in_dims)(params, x)
 
 
-def train(members, num_steps, device, dtype=torch.float32):
-    """Stacked parameters of these members, trained. This communicates nothing."""
-    params, _ = stack_module_state([build(i).to(device, dtype) for i in members])
-    optimizer = torch.optim.Adam(params.values(), lr=0.003)
-    for step in range(num_steps):
-        pairs = zip(*[minibatch(i, step) for i in members], strict=True)
-        x, y = (torch.stack(rows).to(device) for rows in pairs)  # [share, 32, 64]
-        logits = forward(params, x.to(dtype), in_dims=(0, 0))  # [share, 32, 10]
-        losses = F.cross_entropy(logits.mT, y, reduction="none").mean(dim=1)  # [share]
-        optimizer.zero_grad()
-        losses.sum().backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in params.items()}
+def loss_of(params, x, y):
+    logits = forward(params, x)  # [share, 32, 10]
+    return F.cross_entropy(logits.mT, y, reduction="none").mean(dim=1).sum()
+
+
+def train_step(params, optimizer, x, y):
+    optimizer.zero_grad()
+    loss_of(params, x, y).backward()
+    optimizer.step()
 
 
 # %%
-# They meet only to predict. ``work`` is what a process does from its start to its end:
 
 
-def join(device=None):
-    """Enter the group of all processes; return rank, their number, own device."""
+def own_device():
+    """An accelerator for each process of this machine, or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device(device or accelerator or "cpu")
-    dist.init_process_group(dist.get_default_backend_for_device(device))  # NCCL, gloo
-    if device == accelerator:
-        torch.accelerator.set_device_index(dist.get_node_local_rank())
-    return dist.get_rank(), dist.get_world_size(), device
+    if accelerator is None:
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(int(os.getenv("LOCAL_RANK", "0")))
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def work(num_models, num_steps, device=None, dtype=torch.float32):
+    rank, world = int(os.getenv("RANK")), int(os.getenv("WORLD_SIZE"))
+    members = share(num_models, rank, world)
+    params, optimizer = begin(members, device or own_device(), dtype)
+    for step in range(num_steps):
+        train_step(params, optimizer, *draw(members, step, params))
+    torch.save({name: p.detach() for name, p in params.items()}, f"{rank}.pt")
+
+
+if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
+    work(num_models=91, num_steps=10)
+    raise SystemExit
+
+# %%
+# Copy these cells into ``train.py``, or download this page as a script, which ends here
+# under torchrun (tested). Start a process for each device:
+#
+# .. code-block:: none
+#
+#    torchrun --standalone --nproc-per-node 4 train.py
+#
+# torchrun ends all if one fails. To let the others go on, start each as a job of its
+# own, with one visible GPU (tested on a CPU):
+#
+# .. code-block:: none
+#
+#    RANK=0 WORLD_SIZE=4 python train.py
+#
+# Process 0 leaves its members in ``0.pt``; ``torch.cat`` makes one stack of all files.
+# **No member is lost or doubled** where the processes do not divide them: 91 members in
+# 4 processes are 23, 23, 23 and 22. Each process needs a member: 5 in 4 processes are
+# 2, 2, 1 and none, so the last one raises an error (tested). PyTorch's ``Shard(0)``, by
+# which ``plot_checkpoints.py`` saves, splits like this.
+#
+# When processes need a group
+# ---------------------------
+#
+# They need one to exchange tensors while they run. If members stay on their devices,
+# the ensemble's probabilities are a sum over processes. If there are fewer members than
+# devices, each process may hold all members and take a part of the rows of each
+# minibatch; then **you average the gradients by hand**. Add to ``train.py``:
 
 
 def predict(params, x, num_models):
@@ -123,80 +162,85 @@ def predict(params, x, num_models):
     return total / num_models
 
 
-def work(num_models, num_steps, device=None, dtype=torch.float32):
-    rank, world, device = join(device)
-    params = train(share(num_models, rank, world), num_steps, device, dtype)
-    x, _ = minibatch(num_models, 0)  # no member trained on it
-    probabilities = predict(params, x.to(device, dtype), num_models)
-    torch.save([params, probabilities], f"{rank}.pt")
-    dist.barrier()  # who leaves knows that all have saved
+def split_step(params, optimizer, x, y):
+    """As train_step, where x and y are a part of the rows, equally large for all."""
+    optimizer.zero_grad()
+    loss_of(params, x, y).backward()
+    for p in params.values():  # each is a tensor of all members
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    optimizer.step()
+
+
+# %%
+# You use them so. Choose the GPU before NCCL starts, and pass it as ``device_id``:
+
+
+def work_in_group(num_models, num_steps, device=None, dtype=torch.float32):
+    device = device or own_device()
+    backend = dist.get_default_backend_for_device(device)  # NCCL, gloo
+    chosen = None if device.type == "cpu" else device
+    dist.init_process_group(backend, device_id=chosen)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = torch.load(f"{rank}.pt", map_location=device)  # what work has left
+    x = minibatch(num_models, 0)[0].to(device, dtype)  # no member trained on it
+    probabilities = predict(own, x, num_models)
+    params, optimizer = begin(range(num_models), device, dtype)  # all members
+    for step in range(num_steps):
+        batches = draw(range(num_models), step, params)
+        x, y = (t.chunk(world, dim=1)[rank] for t in batches)  # [91, 32 / world, ...]
+        split_step(params, optimizer, x, y)
+    torch.save([probabilities, params], f"group-{rank}.pt")
     dist.destroy_process_group()
 
 
 # %%
-# End the file with a call, as ``work(91, 10)``, and start as many processes as you have
-# devices:
-#
-# .. code-block:: none
-#
-#    torchrun --standalone --nproc-per-node 4 train.py
-#
-# Process 0 leaves ``0.pt``: its members and the ensemble's probabilities; process 1
-# leaves ``1.pt``. ``torch.cat`` makes one stack of the members (below).
-#
-# **No member is lost or doubled** where the processes do not divide them: 91 members in
-# 4 processes are 23, 23, 23 and 22. (It is the sum that makes ``predict`` right then; a
-# mean of means is not.) Each process needs a member: 5 in 4 processes are 2, 2, 1 and
-# none, so the last one raises an error, and torchrun ends all (tested). Start 3. (Why
-# not 2, 1, 1, 1? ``plot_checkpoints.py`` saves by PyTorch's ``Shard(0)``, which splits
-# like this.)
-#
 # How this page starts it
 # -----------------------
 #
-# It writes these functions into a ``train.py`` in a temporary folder, starts torchrun,
-# and reads what each process has saved. For the check, the call names the CPU and
-# float64. If the page is interrupted, it ends torchrun by ``terminate``, since ``kill``
-# would leave the processes running.
+# It writes the functions into a ``train.py``, starts torchrun, and reads what processes
+# leave. An interrupt ends torchrun by ``terminate``, since ``kill`` would leave the
+# processes running (tested).
 
 imports = """
-import time
-import torch, torch.distributed as dist, torch.nn.functional as F
+import os, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.utils.benchmark import timer
 """
-copied = [share, mlp, build, minibatch, forward, train, join, predict, work]
+copied = [share, minibatch, build, begin, draw, forward, loss_of, train_step]
+copied += [own_device, work, predict, split_step, work_in_group]
+
+# %%
 
 
-def launch(num_processes, script):
-    """Run a script in new processes; return what each has saved."""
+def launch(num_processes, call, *more):
+    """Run a call in new processes; return what they save, by name of the file."""
+    script = "\n\n".join([imports, *map(inspect.getsource, [*copied, *more]), call])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--local-addr=127.0.0.1", "--log-dir=."]  # no name look-up, no litter
     torchrun += [f"--nproc-per-node={num_processes}", "train.py"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.py").write_text(script, encoding="utf-8")
-        pipes = {"cwd": folder, "stdout": PIPE, "stderr": PIPE, "text": True}
-        with Popen(torchrun, **pipes) as running:
+        with Popen(torchrun, cwd=folder, stderr=PIPE, text=True) as running:
             try:
                 _, errors = running.communicate(timeout=100)
             finally:
                 running.terminate()
-                running.wait()
-        files = [Path(folder, f"{rank}.pt") for rank in range(num_processes)]
-        if not all(file.exists() for file in files):
+        if running.returncode:
             raise RuntimeError(errors)  # with the traceback of the process that failed
-        return [torch.load(file, map_location="cpu") for file in files]
+        files = Path(folder).glob("*.pt")
+        return {file.stem: torch.load(file, map_location="cpu") for file in files}
 
 
 # %%
 
-functions = "\n\n".join([imports, *map(inspect.getsource, copied)])
+device, devices = own_device(), torch.accelerator.device_count()
+where = f"{devices} {device.type}" if devices else f"{os.cpu_count()} CPU cores"
 num_models, num_steps = 91, 10
-call = f'work({num_models}, {num_steps}, "cpu", torch.float64)'
-results = launch(2, f"{functions}\n{call}")
-
-shares = [len(params["0.weight"]) for params, _ in results]
-print(f"{num_models} members, in {len(shares)} processes:", *shares)
+call = f'({num_models}, {num_steps}, torch.device("cpu"), torch.float64)'
+found = launch(2, f"work{call}\nwork_in_group{call}")
+print(f"{num_models} members:", *[len(found[rank]["0.bias"]) for rank in "01"])
 
 # %%
 # The same members for any number of processes
@@ -205,166 +249,153 @@ print(f"{num_models} members, in {len(shares)} processes:", *shares)
 # This page is a process, too; it trains all members by itself. The check to keep: train
 # with two numbers of processes, in float64 on the CPU.
 
-whole = train(range(num_models), num_steps, "cpu", torch.float64)
-parts = {name: torch.cat([params[name] for params, _ in results]) for name in whole}
-message = "another number of processes makes other members. {}".format
-torch.testing.assert_close(parts, whole, atol=1e-10, rtol=0, msg=message)
-equal = all(torch.equal(parts[name], whole[name]) for name in whole)
-print("2 processes and 1 train the same members, within 1e-10;")
-print(f"their parameters {'agree in every bit' if equal else 'differ in last bits'}")
+whole, optimizer = begin(range(num_models), "cpu", torch.float64)
+for step in range(num_steps):
+    train_step(whole, optimizer, *draw(range(num_models), step, whole))
+joined = {name: torch.cat([found["0"][name], found["1"][name]]) for name in whole}
+for what, params in {"members": joined, "rows": found["group-0"][1]}.items():
+    message = f"2 processes that split {what} make other members. {{}}".format
+    torch.testing.assert_close(params, whole, atol=1e-10, rtol=0, msg=message)
+    equal = all(torch.equal(params[name], whole[name]) for name in whole)
+    bits = "all bits agree" if equal else "last bits differ"
+    print(f"2 processes that split {what} train what 1 does, within 1e-10; {bits}")
+logits = forward(whole, minibatch(num_models, 0)[0].cpu().double(), (0, None))
+off = (found["group-1"][0] - logits.softmax(dim=-1).mean(dim=0)).abs().max()
+print(f"their ensemble predicts what that of 1 does, within {off:.0e}")
 
 # %%
 # **The number of processes is no property of the ensemble.** Tested are 1 to 4
-# processes with 5, 7 and 8 members. Bits agree if a matrix product gives the same bits
-# for 46 members as for 91; with other widths, batch norm, or a single member in a
-# process, the last ones may differ. In float32 such a difference grows with every step,
-# until you have *other* members of the same quality (``plot_how_equal.py``). Dropout
-# makes others, too: one generator draws the masks of all members of a process.
+# processes with 5, 7 and 8 members. In float32 a difference in last bits can grow with
+# every step, until you have *other* members (``plot_how_equal.py``). Dropout makes
+# others, too: one generator draws the masks of all members of a process. With split
+# rows, batch norm sees those of its own process only.
 #
 # What is communicated?
 # ---------------------
 #
-# During training, nothing; to predict, the sum of probabilities, once (tested with
-# PyTorch's ``CommDebugMode``). It is as large as the prediction of one member, for any
-# number of members:
-
-x = minibatch(num_models, 0)[0].cpu().double()
-probabilities = forward(whole, x, in_dims=(0, None)).softmax(dim=-1).mean(dim=0)
-_, reduced = results[-1]  # [32, 10], of the last process
-off = (reduced - probabilities).abs().max()
-print(f"sent: {list(reduced.shape)}, {reduced.nbytes / 1e3:.1f} kB;", end=" ")
-print(f"never sent: {sum(p.nbytes for p in parts.values()) / 1e6:.1f} MB of parameters")
-print(f"ensemble's probabilities by 2 processes and 1: {off:.0e} apart")
-
-# %%
+# With split members, nothing to train, and to predict, as many numbers as one member
+# predicts (tested). With split rows, all gradients in each step.
+#
 # How much faster is it?
 # ----------------------
 #
-# No process waits for another, so ``n`` of them should be ``n`` times as fast. But a
-# step has a cost that a smaller share does not lower, each process needs a device of
-# its own, and cores share their memory. On a CPU there is also a rival: one process
-# that uses all cores, PyTorch's default. (``torchrun`` gives one thread to each of
-# several processes. Starting them takes seconds more.)
+# No process waits for another, so ``n`` should be ``n`` times as fast, less what a
+# smaller share does not shorten. On a CPU the rival is one process with all threads,
+# PyTorch's default. Members are built and minibatches drawn before the clock starts.
+# The number of turns is fixed, so that all processes make the same ones.
 
 
-def time_training(num_models, num_steps, threads):
-    """Seconds to train all members; the ways (processes, threads) take turns."""
-    rank, world, device = join()
-    ways = [(n, 1) for n in (1, 2, 4, 8) if n <= world] + [(1, threads)]
-    seconds = {way: [] for way in ways}
-    train([rank], 1, device)  # to warm up
-    for n, threads in [*seconds] * 5:
+def time_training(num_models, num_steps, ways):
+    dist.init_process_group("gloo")  # to start and to end together
+    rank, device, jobs = dist.get_rank(), own_device(), {}
+    for n in {n for n, _ in ways if rank < n}:
+        members = share(num_models, rank, n)
+        own = begin(members, device)
+        jobs[n] = [(*own, *draw(members, step, own[0])) for step in range(num_steps)]
+
+    def clock(n, threads):
         torch.set_num_threads(threads)
         dist.barrier()
-        start = time.perf_counter()
-        if rank < n:  # the others wait
-            train(share(num_models, rank, n), num_steps, device)["0.bias"].cpu()
+        start = timer()
+        for job in jobs.get(n, []):
+            train_step(*job)
+        timer()  # waits for a GPU
         dist.barrier()
-        seconds[n, threads].append(time.perf_counter() - start)
-    torch.save(seconds, f"{rank}.pt")
-    dist.barrier()
+        return timer() - start
+
+    backs = [(-1) ** turn for turn in range(16)]  # every second turn backwards
+    turns = [[clock(*way) for way in ways[::back]][::back] for back in backs]
+    torch.save(torch.tensor(turns), f"{rank}.pt")
     dist.destroy_process_group()
 
 
 # %%
 
-# On a CPU, four: more than can work at once on two cores.
-most, threads = (4, torch.get_num_threads()) if device == cpu else (devices, 1)
-script = functions + "\n\n" + inspect.getsource(time_training)
-script += f"\n\ntime_training({num_models}, {num_steps}, {threads})"
-seconds = {way: torch.tensor(t) for way, t in launch(most, script)[0].items()}
-median = {way: times.median().item() for way, times in seconds.items()}
-print("processes x threads: median (fastest to slowest of 5 turns)")
-for (n, each), times in seconds.items():
-    spread = f"{times.min() * 1e3:.0f} to {times.max() * 1e3:.0f}"
-    speed = f"{median[1, 1] / median[n, each]:.1f} times the speed of 1 x 1"
-    print(f"{n:9} x {each:<7}: {median[n, each] * 1e3:.0f} ms ({spread}), {speed}")
-best = "{} x {}".format(*min(median, key=median.get))
-backend = dist.get_default_backend_for_device(device)
-print(f"Fastest here: {best}, on {where}, by {backend}")
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
+
 
 # %%
 
-counts = [n for n, each in seconds if each == 1]
-ticks = [1, 2, 4, 8][: max(3, len(counts))]
-slow, fast = (
-    [median[1, 1] / end(seconds[n, 1]).item() for n in counts]
-    for end in (torch.max, torch.min)
-)
+most = devices or min(8, 2 * os.cpu_count())
+threads = 1 if devices else torch.get_num_threads()
+counts = [n for n in (1, 2, 4, 8) if n <= most]
+ways = [*dict.fromkeys([(1, threads), *[(n, 1) for n in counts]])]
+call = f"time_training({num_models}, {num_steps}, {ways})"
+turns = launch(counts[-1], call, time_training)["0"][1:]  # without the first
+gains = (turns[:, :1] / turns).sort(dim=0).values[[7, 3, -4]].T  # median, interval
+times = dict(zip(ways, turns[:, 0].median() * 1e3 / gains[:, 0], strict=True))
+print(f"{num_steps} steps of {num_models} members, float32, {where}")
+print("processes x threads, against the first row")
+told = ["", *[said(*gain) for gain in gains[1:].tolist()]]
+for (n, each), against in zip(ways, told, strict=True):
+    print(f"{n:9} x {each:<7} {times[n, each]:6.1f} ms  {against}")
+
+# %%
+
 fig, ax = plt.subplots(layout="constrained")
-speeds = [median[1, 1] / median[n, 1] for n in counts]
-ax.plot(counts, speeds, "C0o-", label="one thread each")
-ax.fill_between(counts, slow, fast, color="C0", alpha=0.2, label="all turns")
-ax.plot(ticks, ticks, "C1--", label="n processes, n times as fast")
-if threads > 1:
-    rival = median[1, 1] / median[1, threads]
-    ax.plot(1, rival, "C2D", label=f"one process, {threads} threads")
-ax.set_xticks(ticks)
-ax.set_title(f"Training of {num_models} members, {num_steps} steps, float32\n{where}")
-ax.set_xlabel("processes at work")
-ax.set_ylabel("speed relative to 1 process, 1 thread")
+alone = [times[n, 1].item() for n in counts]
+ax.loglog(counts, alone, "C0o-", label="one thread each")
+ax.loglog(counts, [alone[0] / n for n in counts], "C1--", label="n times as fast as 1")
+ax.axhline(times[ways[0]], color="C2", ls=":", label=f"one process, threads: {threads}")
+ax.set_xticks(counts, counts)
+ax.set_title(f"{num_steps} steps of {num_models} members, float32\n{where}")
+ax.set(xlabel="processes at work", ylabel="time [ms]")
 ax.legend()
+row = f"{counts[-1]} x 1 against {ways[0][0]} x {threads}: {told[-1] or 'the same'}"
 fig.set_label(
-    "Speed of training all members, in times that of one process, against the number "
-    "of processes, a dashed diagonal, and on a CPU a mark for one process with all "
-    f"threads. Fastest, processes x threads: {best}."
+    "Time to train all members against the number of processes, beside a line for n "
+    f"times as fast and one for one process. Processes x threads, {row}."
 )
 
 # %%
-# **As many processes as devices, and no more.** Where the measured line leaves the
-# dashed one although cores are free, members are too few and small, or the memory is
-# the limit. Beyond the number of cores, processes take turns and win little or nothing.
-# If one process with all threads is nearly as fast, start only one. A wide band says
-# that the machine had other work to do.
+# The first time is the median of 15 turns, after one to warm up. The others are that
+# median divided by the median ratio, which stands behind them with its 95 % interval.
+# **Start several processes where a row with several says faster**; starting them takes
+# seconds more. Where the line leaves the dashed one before the devices run out, members
+# are probably too few and too small, or memory is the limit.
 #
 # The mistake: one DistributedDataParallel for all members
 # --------------------------------------------------------
 #
 # It is the tool for *one* model on many devices. Here two processes, on the CPU, each
-# wrap a member with a seed and minibatches of its own:
+# wrap a member of its own, before the first step:
 
 
-def train_wrapped(num_steps):
-    rank, _, _ = join("cpu")
+def wrap():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     model = nn.parallel.DistributedDataParallel(build(rank))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    for step in range(num_steps):
-        x, y = minibatch(rank, step)
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    torch.save(model.module[0].weight.detach(), f"{rank}.pt")
-    dist.barrier()
+    torch.save([build(rank)[0].weight, model.module[0].weight], f"{rank}.pt")
     dist.destroy_process_group()
 
 
-script = functions + "\n\n" + inspect.getsource(train_wrapped)
-wrapped = torch.stack(launch(2, f"{script}\n\ntrain_wrapped({num_steps})"))
-alone = parts["0.weight"][:2]  # the same members, on this page
-for way, weights in {"unwrapped": alone, "wrapped": wrapped}.items():
-    print(f"{way}: 2 members, {len(weights.unique(dim=0))} distinct")
+pairs = zip(*launch(2, "wrap()", wrap).values(), strict=True)
+for way, weights in zip(["unwrapped", "wrapped"], pairs, strict=True):
+    print(f"{way}: 2 members, {len(torch.stack(weights).unique(dim=0))} distinct")
 
 # %%
-# There is no warning. At the start the wrapper sends the weights of process 0 to all,
-# and in each step it averages the gradients of all: **several processes train one
-# model**. Leave the wrapper out.
+# There is no warning. The wrapper sends the weights of process 0 to all, and averages
+# the gradients of all in each step: **several processes train one model**.
 #
 # Remember
 # --------
 #
 # Seeds belong to members, so **any number of processes makes the same ensemble**.
-# Training needs no communication and no wrapper; a prediction sums probabilities in one
-# ``all_reduce``. Start as many processes as you have devices.
+# Training needs no group and no wrapper; common predictions and split rows do need one.
 #
 # Next
 # ----
 #
-# - ``plot_checkpoints.py`` saves the members from all processes, and goes on with
-#   another number of them after one was killed.
+# - ``plot_checkpoints.py`` saves from all processes, and goes on with any number.
 # - ``plot_memory.py`` says how many members fit on one device.
-# - `torchrun <https://docs.pytorch.org/docs/stable/elastic/run.html>`_, for several
-#   machines as well.
+# - `torchrun <https://docs.pytorch.org/docs/stable/elastic/run.html>`_.
 #
 # References
 # ----------
