@@ -278,7 +278,7 @@ apart = [(p.grad - mean64[k]).abs().max() for k, p in model64.named_parameters()
 off = max(apart).item()
 assert off < 1e-10, f"clipping by formula and of each gradient: {off:.0e} apart"
 clipped = (factors < 1).sum()
-print(f"{clipped} clipped, by formula and one by one: {off:.0e} apart in float64")
+print(f"{clipped} of 128 clipped: formula and vmap are {off:.0e} apart in float64")
 
 # %%
 # For T positions, two tables hold :math:`2T^2` numbers, and a gradient holds one for

@@ -164,7 +164,7 @@ def train(size, num_steps, device=device):
 
 
 def peak_mb(size):
-    """Most memory of tensors, in millions of bytes, while a group takes two steps."""
+    """Most memory of tensors, in MB, from the begin of a group to its second step."""
     cpu_only = [ProfilerActivity.CPU]
     with (
         torch.autograd.set_multithreading_enabled(False),  # nothing is freed later
@@ -268,7 +268,7 @@ ms = 1e3 * turns
 fig, ax = plt.subplots(layout="constrained")
 ax.loglog(sizes, ms.mean(0)[0] * torch.tensor(sizes), "C1--", label="time of one, x n")
 bars = torch.stack([ms.mean(0) - ms.min(0).values, ms.max(0).values - ms.mean(0)])
-ax.errorbar(sizes, ms.mean(0), bars, fmt="C0o-", capsize=4, label="measured together")
+ax.errorbar(sizes, ms.mean(0), bars, fmt="C0o-", capsize=4, label="measured")
 ax.set_title(f"A training step of n models, {name}, float32")
 ax.set_xlabel("models n of a call")
 ax.set_ylabel("time of a step [ms]")
