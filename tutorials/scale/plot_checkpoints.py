@@ -183,6 +183,7 @@ def work(num_models, num_steps, folder, device=None, dtype=torch.float32):
         train_step(params, optimizer, *draw(members, step, params))
         if step % 10 == 0:
             save(params, optimizer, num_models, folder, step)
+    dist.barrier()  # nobody leaves early
     dist.destroy_process_group()
 
 
@@ -204,8 +205,8 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 #
 # - ``get_state_dict`` takes a module. A stack is a dictionary, and ``nn.ParameterDict``
 #   refuses its names, which have dots (tested).
-# - ``Stateful`` is for objects that have something to do after loading. ``dcp.load``
-#   writes into the tensors that the optimizer holds, so nothing is left to do.
+# - ``Stateful`` objects take back what was loaded by a method. Here nothing is to take
+#   back, since ``dcp.load`` writes into the tensors that the optimizer holds.
 # - ``dcp.async_save`` copies the tensors and writes while you train; PyTorch calls it
 #   experimental. Rename the folder after ``result()`` of what it returns (tested). On
 #   GPUs it needs the backend ``"cpu:gloo,cuda:nccl"``.
@@ -236,10 +237,9 @@ def launch(num_processes, script, folder, wanted):
 # %%
 
 imports = """
-import os, signal, torch, torch.distributed as dist, torch.nn.functional as F
-import torch.distributed.checkpoint as dcp
+import os, signal, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import torch.nn as nn, torch.nn.functional as F
 from pathlib import Path
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.func import functional_call, stack_module_state, vmap
@@ -276,19 +276,18 @@ print("folders:", *sorted(path.name for path in folder.iterdir()))
 # Go on with another number of processes
 # --------------------------------------
 #
-# Start the same file again, here with half as many processes:
+# Start the same file again, with half as many processes:
 
 fewer = num_processes // 2
-last = f"saved/{num_steps}"
-print(launch(fewer, f"{functions}\n{call}", scratch.name, last).strip())
+print(launch(fewer, f"{functions}\n{call}", scratch.name, "saved/40").strip())
 
 # %%
 # One file with all members
 # -------------------------
 #
 # To use the members elsewhere, turn a checkpoint into a file for ``torch.load``. It
-# holds the stack of all; ``plot_saving.py`` takes members out. Keep this file: later
-# releases are not promised to read checkpoints.
+# holds the stack of all; ``plot_saving.py`` takes members out. Keep it: later releases
+# are not promised to read checkpoints.
 
 stacks = {}
 for step in range(10, num_steps + 1, 10):
@@ -309,8 +308,8 @@ for name in ["0.weight", "0.weight.exp_avg", "0.weight.step"]:
 @torch.no_grad()
 def test_loss(params):
     """Mean loss of the members for inputs that none of them has seen."""
-    x, y = draw([num_models] * num_models, 0, params)
-    return losses_of(params, x, y).mean().item()
+    batches = draw([num_models] * num_models, 0, params)
+    return losses_of(params, *batches).mean().item()
 
 
 params, optimizer = begin(range(num_models), "cpu", torch.float64)
@@ -373,6 +372,7 @@ def save_plain(num_models):
     loaded = {name: torch.zeros_like(t) for name, t in rows.items()}
     dcp.load(loaded, checkpoint_id="plain")
     torch.save(loaded, f"{dist.get_rank()}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -386,8 +386,8 @@ for name, p in begin(range(num_models), "cpu")[0].items():
     print(f"{name:8}: {num_models} members saved, {distinct} loaded, of process {of}")
 
 # %%
-# There is no error. A plain tensor counts as the *same* in all processes, so one of
-# them saves it, and all get that. **If not all names come from one process, the weights
+# There is no error. A plain tensor counts as the *same* in all processes: one of them
+# saves it, and all get that. **If not all names come from one process, the weights
 # of one member meet the biases of another.** Declare the rows, or name those of each
 # member (``"member3.0.weight"``): many small entries, but no ``DTensor``, and any split
 # loads them (tested).

@@ -140,7 +140,7 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 #
 #    RANK=0 WORLD_SIZE=4 python train.py
 #
-# Process 0 leaves its members in ``0.pt``; ``torch.cat`` makes one stack of all files.
+# Process 0 leaves its members in ``0.pt``; ``torch.cat`` joins the stacks of all files.
 # **No member is lost or doubled** where the processes do not divide them: 91 members in
 # 4 processes are 23, 23, 23 and 22. Each process needs a member: 5 in 4 processes are
 # 2, 2, 1 and none, so the last one raises an error (tested). PyTorch's ``Shard(0)``, by
@@ -153,6 +153,12 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 # the ensemble's probabilities are a sum over processes. If there are fewer members than
 # devices, each process may hold all members and take a part of the rows of each
 # minibatch; then **you average the gradients by hand**. Add to ``train.py``:
+
+
+def join(device):
+    backend = dist.get_default_backend_for_device(device)  # NCCL, gloo
+    chosen = None if device.type == "cpu" else device  # before NCCL starts
+    dist.init_process_group(backend, device_id=chosen)
 
 
 def predict(params, x, num_models):
@@ -173,14 +179,10 @@ def split_step(params, optimizer, x, y):
 
 
 # %%
-# You use them so. Choose the GPU before NCCL starts, and pass it as ``device_id``:
+# You use them so, after ``join(own_device())``:
 
 
-def work_in_group(num_models, num_steps, device=None, dtype=torch.float32):
-    device = device or own_device()
-    backend = dist.get_default_backend_for_device(device)  # NCCL, gloo
-    chosen = None if device.type == "cpu" else device
-    dist.init_process_group(backend, device_id=chosen)
+def work_in_group(num_models, num_steps, device, dtype=torch.float32):
     rank, world = dist.get_rank(), dist.get_world_size()
     own = torch.load(f"{rank}.pt", map_location=device)  # what work has left
     x = minibatch(num_models, 0)[0].to(device, dtype)  # no member trained on it
@@ -191,7 +193,6 @@ def work_in_group(num_models, num_steps, device=None, dtype=torch.float32):
         x, y = (t.chunk(world, dim=1)[rank] for t in batches)  # [91, 32 / world, ...]
         split_step(params, optimizer, x, y)
     torch.save([probabilities, params], f"group-{rank}.pt")
-    dist.destroy_process_group()
 
 
 # %%
@@ -203,13 +204,12 @@ def work_in_group(num_models, num_steps, device=None, dtype=torch.float32):
 # processes running (tested).
 
 imports = """
-import os, torch, torch.distributed as dist, torch.nn.functional as F
-from torch import nn
+import os, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.benchmark import timer
 """
 copied = [share, minibatch, build, begin, draw, forward, loss_of, train_step]
-copied += [own_device, work, predict, split_step, work_in_group]
+copied += [own_device, work, join, predict, split_step, work_in_group]
 
 # %%
 
@@ -234,24 +234,47 @@ def launch(num_processes, call, *more):
 
 
 # %%
+# The mistake: one DistributedDataParallel for all members
+# --------------------------------------------------------
+#
+# It is the tool for *one* model on many devices. Here each of two processes on the CPU
+# wraps a member of its own, after they have called the functions above:
 
-device, devices = own_device(), torch.accelerator.device_count()
-where = f"{devices} {device.type}" if devices else f"{os.cpu_count()} CPU cores"
+
+def wrap():
+    rank = dist.get_rank()
+    model = nn.parallel.DistributedDataParallel(build(rank))
+    torch.save([build(rank)[0].weight, model.module[0].weight], f"ddp-{rank}.pt")
+
+
 num_models, num_steps = 91, 10
-call = f'({num_models}, {num_steps}, torch.device("cpu"), torch.float64)'
-found = launch(2, f"work{call}\nwork_in_group{call}")
-print(f"{num_models} members:", *[len(found[rank]["0.bias"]) for rank in "01"])
+call = f"""
+work({num_models}, {num_steps}, "cpu", torch.float64)
+join(torch.device("cpu"))
+work_in_group({num_models}, {num_steps}, "cpu", torch.float64)
+wrap()
+dist.barrier()  # nobody leaves early
+dist.destroy_process_group()
+"""
+found = launch(2, call, wrap)
+pairs = zip(found["ddp-0"], found["ddp-1"], strict=True)
+for way, weights in zip(["unwrapped", "wrapped"], pairs, strict=True):
+    print(f"{way}: 2 members, {len(torch.stack(weights).unique(dim=0))} distinct")
 
 # %%
+# There is no warning. The wrapper sends the weights of process 0 to all, and averages
+# gradients in each step: **several processes train one model**.
+#
 # The same members for any number of processes
 # --------------------------------------------
 #
-# This page is a process, too; it trains all members by itself. The check to keep: train
-# with two numbers of processes, in float64 on the CPU.
+# This page is a process, too; it trains all members. The check to keep: train with two
+# numbers of processes, in float64 on the CPU.
 
 whole, optimizer = begin(range(num_models), "cpu", torch.float64)
 for step in range(num_steps):
     train_step(whole, optimizer, *draw(range(num_models), step, whole))
+print(f"{num_models} members:", *[len(found[rank]["0.bias"]) for rank in "01"])
 joined = {name: torch.cat([found["0"][name], found["1"][name]]) for name in whole}
 for what, params in {"members": joined, "rows": found["group-0"][1]}.items():
     message = f"2 processes that split {what} make other members. {{}}".format
@@ -273,13 +296,13 @@ print(f"their ensemble predicts what that of 1 does, within {off:.0e}")
 # What is communicated?
 # ---------------------
 #
-# With split members, nothing to train, and to predict, as many numbers as one member
-# predicts (tested). With split rows, all gradients in each step.
+# Split members exchange nothing to train, and to predict as many numbers as one member
+# predicts (tested). Split rows exchange all gradients in each step.
 #
 # How much faster is it?
 # ----------------------
 #
-# No process waits for another, so ``n`` should be ``n`` times as fast, less what a
+# No process waits for another, so ``n`` should be ``n`` times as fast, but for what a
 # smaller share does not shorten. On a CPU the rival is one process with all threads,
 # PyTorch's default. Members are built and minibatches drawn before the clock starts.
 # The number of turns is fixed, so that all processes make the same ones.
@@ -323,16 +346,16 @@ def said(gain, low, high):
 
 # %%
 
-most = devices or min(8, 2 * os.cpu_count())
+device, devices = own_device(), torch.accelerator.device_count()
+where = f"{devices} {device.type}" if devices else f"{os.cpu_count()} CPU cores"
 threads = 1 if devices else torch.get_num_threads()
-counts = [n for n in (1, 2, 4, 8) if n <= most]
+counts = [n for n in (1, 2, 4, 8) if n <= (devices or 2 * os.cpu_count())]
 ways = [*dict.fromkeys([(1, threads), *[(n, 1) for n in counts]])]
 call = f"time_training({num_models}, {num_steps}, {ways})"
 turns = launch(counts[-1], call, time_training)["0"][1:]  # without the first
 gains = (turns[:, :1] / turns).sort(dim=0).values[[7, 3, -4]].T  # median, interval
 times = dict(zip(ways, turns[:, 0].median() * 1e3 / gains[:, 0], strict=True))
-print(f"{num_steps} steps of {num_models} members, float32, {where}")
-print("processes x threads, against the first row")
+print(f"{num_models} members, {num_steps} steps, {where}; processes x threads:")
 told = ["", *[said(*gain) for gain in gains[1:].tolist()]]
 for (n, each), against in zip(ways, told, strict=True):
     print(f"{n:9} x {each:<7} {times[n, each]:6.1f} ms  {against}")
@@ -350,39 +373,16 @@ ax.set(xlabel="processes at work", ylabel="time [ms]")
 ax.legend()
 row = f"{counts[-1]} x 1 against {ways[0][0]} x {threads}: {told[-1] or 'the same'}"
 fig.set_label(
-    "Time to train all members against the number of processes, beside a line for n "
-    f"times as fast and one for one process. Processes x threads, {row}."
+    "Training time against processes, beside lines for n times as fast and for one "
+    f"process with all threads. Processes x threads, {row}."
 )
 
 # %%
 # The first time is the median of 15 turns, after one to warm up. The others are that
-# median divided by the median ratio, which stands behind them with its 95 % interval.
-# **Start several processes where a row with several says faster**; starting them takes
-# seconds more. Where the line leaves the dashed one before the devices run out, members
+# median divided by the median ratio to it, which stands behind with its 95 % interval.
+# **Start several processes where a row with several says faster**. Their start is not
+# timed. Where the line leaves the dashed one before the devices run out, members
 # are probably too few and too small, or memory is the limit.
-#
-# The mistake: one DistributedDataParallel for all members
-# --------------------------------------------------------
-#
-# It is the tool for *one* model on many devices. Here two processes, on the CPU, each
-# wrap a member of its own, before the first step:
-
-
-def wrap():
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    model = nn.parallel.DistributedDataParallel(build(rank))
-    torch.save([build(rank)[0].weight, model.module[0].weight], f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-pairs = zip(*launch(2, "wrap()", wrap).values(), strict=True)
-for way, weights in zip(["unwrapped", "wrapped"], pairs, strict=True):
-    print(f"{way}: 2 members, {len(torch.stack(weights).unique(dim=0))} distinct")
-
-# %%
-# There is no warning. The wrapper sends the weights of process 0 to all, and averages
-# the gradients of all in each step: **several processes train one model**.
 #
 # Remember
 # --------
