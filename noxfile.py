@@ -123,6 +123,8 @@ def test(session):
 def test_all(session):
     """Every page at full size and in every form, every proof; -- ARGS go to pytest."""
     lint(session)
+    needs = "requirements-test-all.txt"
+    session.run(sys.executable, "-m", "pip", "install", "--quiet", "-r", needs)
     session.run(sys.executable, "-m", "pytest", "--all", *session.posargs)
 
 

@@ -376,6 +376,7 @@ print(f"without argnums=1: slopes by {', '.join(slope)}")
 # Next
 # ----
 #
+# - ``plot_transformers.py``: models that people build, attention first.
 # - ``plot_jacobians_and_hessians.py``: slopes of slopes, and what they cost.
 # - ``plot_regression.py``: what the disagreement of an ensemble tells of its error.
 #

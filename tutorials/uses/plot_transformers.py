@@ -1,0 +1,404 @@
+"""
+Many transformers in one call
+=============================
+
+Call and train many small transformers at once with ``torch.func.vmap``: encoders of
+``torch.nn`` and attention of your own, with padding, dropout and a cache.
+
+**In short.** ``vmap`` takes ``nn.TransformerEncoder`` as it is in train mode; in eval
+mode, switch its fast path off. Pass masks by position, because ``vmap`` does not map
+keyword arguments. The table below says at which sizes one call is faster than a loop.
+
+Before you start: ``plot_ensembling.py`` says how models are stacked.
+"""
+
+# %%
+# Set-up
+# ------
+
+import math
+import warnings
+from functools import partial
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import timer
+
+torch.manual_seed(0)
+torch.backends.fp32_precision = "ieee"  # no TF32
+cpu = torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or cpu
+where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
+if device.type == "cuda":
+    where = torch.cuda.get_device_name()
+print(f"{where}, torch {torch.__version__}, float32, IEEE")
+
+# %%
+# Encoders: train them, and predict
+# ---------------------------------
+#
+# A model reads a list of digits that is padded to ``length``.
+
+
+class Reader(nn.Module):
+    def __init__(self, width=32, length=16, dropout=0.1):
+        super().__init__()
+        self.embed = nn.Embedding(10, width)
+        self.place = nn.Parameter(torch.randn(length, width) / 10)
+        layer = nn.TransformerEncoderLayer(
+            width, nhead=4, dim_feedforward=2 * width, dropout=dropout, batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x, padding):  # [batch, length]; padding: True to ignore
+        x = self.encoder(self.embed(x) + self.place, src_key_padding_mask=padding)
+        return self.head(x[:, 0])  # [batch, 10]
+
+
+def predict(params, x, padding):
+    return functional_call(skeleton, params, (x, padding), strict=True)
+
+
+num_models = 8
+models = [Reader().to(device) for _ in range(num_models)]
+params, _ = stack_module_state(models)
+with torch.device("meta"):
+    skeleton = Reader().train()
+
+call = vmap(predict, randomness="different")  # own dropout for each model
+warnings.filterwarnings("ignore", "There is a performance drop")  # measured below
+
+# %%
+# Every model gets a minibatch of its own with its own padding, and learns to name the
+# largest digit of a list:
+
+
+def draw(num_models, batch, length=16, device=device):
+    """Lists, their padding, and the largest digit of each."""
+    x = torch.randint(10, (num_models, batch, length))
+    padding = torch.arange(length) >= torch.randint(1, length + 1, (*x.shape[:2], 1))
+    y = x.masked_fill(padding, -1).amax(-1)
+    return x.to(device), padding.to(device), y.to(device)
+
+
+optimizer = torch.optim.Adam(params.values(), lr=3e-3, fused=True)
+for _ in range(150):
+    x, padding, y = draw(num_models, 32)
+    logits = call(params, x, padding)  # [8, 32, 10]
+    losses = F.cross_entropy(logits.mT, y, reduction="none").mean(1)  # [8]
+    optimizer.zero_grad()
+    losses.sum().backward()
+    optimizer.step()
+
+skeleton.eval()
+torch.backends.mha.set_fastpath_enabled(False)  # before vmap meets eval mode
+x, padding, y = draw(num_models, 500)
+with torch.no_grad():
+    for name, mask in {"with": padding, "without": torch.zeros_like(padding)}.items():
+        right = (call(params, x, mask).argmax(-1) == y).float().mean(1)
+        print(f"{name} padding mask: {right.min():.0%} to {right.max():.0%} right")
+
+# %%
+# It computes what a loop computes
+# --------------------------------
+#
+# In float64 on the CPU, in eval mode: outputs and gradients of three models, each with
+# its own padding. (In train mode without dropout as well: tested.)
+
+trio = [Reader().eval().cpu().double() for _ in range(3)]
+weights, _ = stack_module_state(trio)
+x, padding, _ = draw(3, 5, device=cpu)
+out = call(weights, x, padding)  # [3, 5, 10]
+loop = torch.stack([m(*row) for m, *row in zip(trio, x, padding, strict=True)])
+(out.sin().sum() + loop.sin().sum()).backward()
+pairs = [(out, loop)]
+for name, weight in weights.items():
+    pairs.append((weight.grad, torch.stack([m.get_parameter(name).grad for m in trio])))
+far = max((a - b).abs().max().item() for a, b in pairs)
+print(f"outputs and gradients, largest difference from a loop: {far:.0e}")
+assert far < 1e-10, "one call is not the loop"
+
+# %%
+# The mistake: eval mode with the fast path
+# -----------------------------------------
+#
+# In eval mode an encoder calls one fused operator for each layer, unless it sees that a
+# gradient is recorded. Inside ``vmap`` it does not see that:
+
+torch.backends.mha.set_fastpath_enabled(True)
+try:
+    call(weights, x, padding).sum().backward()
+    print("this version of PyTorch computes the gradient")
+except RuntimeError as error:
+    print(error)
+
+# %%
+# To predict, this operator runs once for each model, with a warning. With the default
+# ``enable_nested_tensor=True`` a padding mask raises ``Batching rule not implemented
+# for aten::_nested_tensor_from_mask_left_aligned``. All of this is tested; the switch,
+# which holds for all of PyTorch, cures all of it.
+#
+# Masks, dropout, half precision, checkpoints
+# -------------------------------------------
+#
+# - **A causal mask** that all models share needs no argument: let the function use it
+#   from outside, or create it inside.
+# - **An attention mask of its own for each model** is one more mapped argument. Pass
+#   ``is_causal=False`` to the encoder with it; otherwise the encoder compares the
+#   mask's values, and ``vmap`` refuses that.
+# - **Keywords of the mapped function are not mapped**, without an error:
+#   ``plot_silent_mistakes.py``.
+# - **Dropout**: with ``randomness="same"`` all models drop the same units.
+# - ``torch.autocast`` works around the call. On a CPU, a linear layer with a bias then
+#   returns float32, while alone it returns bfloat16. One model whose gradient overflows
+#   makes ``GradScaler`` skip the step of all: ``plot_data.py``.
+# - ``torch.utils.checkpoint`` belongs around the call, not inside a model:
+#   ``plot_what_vmap_refuses.py``.
+#
+# **Models of Hugging Face**, here BERT and GPT-2 of transformers 5.24.0: let the
+# function return ``.logits``, and give it a mask of floats, ``[batch, 1, 1, tokens]``
+# (GPT-2: ``[batch, 1, tokens, tokens]``, causal as well), 0 to see and
+# ``torch.finfo(dtype).min`` to ignore. With most of these models a mask ``[batch,
+# tokens]`` raises an error about data-dependent control flow. A mask of booleans and
+# "eager" attention give other numbers, without an error.
+#
+# All of this is tested.
+#
+# Generate with a cache
+# ---------------------
+#
+# ``nn.TransformerEncoder`` keeps no keys and values. Attention of your own returns them
+# and takes them back:
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, cache=()):  # [batch, new tokens, width]
+        heads = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(-3, -2)
+        q, *kv = heads.chunk(3, dim=-3)  # each [batch, heads, new tokens, channels]
+        if cache:
+            kv = [torch.cat(pair, dim=-2) for pair in zip(cache, kv, strict=True)]
+        x = F.scaled_dot_product_attention(q, *kv, is_causal=not cache)
+        return self.out(x.transpose(-3, -2).flatten(-2)), tuple(kv)
+
+
+class GPT(nn.Module):
+    def __init__(self, width=32, length=32, heads=4):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(10, width), nn.Embedding(length, width)
+        self.attend = nn.ModuleList(Attention(width, heads) for _ in range(2))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
+
+    def forward(self, tokens, places, caches=((), ())):
+        x, kept = self.embed(tokens) + self.place(places), []
+        for attend, cache in zip(self.attend, caches, strict=True):
+            more, cache = attend(x, cache)
+            x = x + more
+            kept.append(cache)
+        return self.head(x[:, -1]), kept  # of the next token: [batch, 10]
+
+
+# %%
+# The loop over tokens stays outside. The first call reads the prompt and returns the
+# caches; each further call extends them by one token:
+
+gpts = [GPT().to(device).eval() for _ in range(num_models)]
+gpt_params, _ = stack_module_state(gpts)
+with torch.device("meta"):
+    gpt = GPT().eval()
+
+
+def next_token(params, *inputs):
+    logits, caches = functional_call(gpt, params, inputs, strict=True)
+    return logits.argmax(-1, keepdim=True), caches
+
+
+@torch.no_grad()
+def generate(params, tokens, number):
+    """``number`` more tokens for tokens of shape [models, batch, prompt]."""
+    start, end = tokens.shape[-1], tokens.shape[-1] + number
+    places, said = torch.arange(end, device=tokens.device), [tokens]
+    token, caches = vmap(next_token, (0, 0, None))(params, tokens, places[:start])
+    for place in places[start:].split(1):
+        said.append(token)
+        step = vmap(next_token, (0, 0, None, 0))
+        token, caches = step(params, token, place, caches)
+    return torch.cat(said, dim=-1)
+
+
+prompt = torch.randint(10, (num_models, 4, 6), device=device)
+tokens = generate(gpt_params, prompt, 10)  # [8, 4, 16]
+print("one text of each of the first three models:", *tokens[:3, 0].tolist(), sep="\n")
+
+# %%
+# These are the tokens that each model generates alone and without a cache (tested). The
+# models are not trained.
+#
+# Is it faster than a loop?
+# -------------------------
+#
+# With small tensors a loop mostly starts operators, and one call starts each of them
+# once for all models: we expect it to gain with many narrow models. A loop computes
+# attention with a fused kernel. ``vmap`` runs a CPU's kernel in a loop over the models,
+# which is what the warning says; on CUDA this holds for gradients [1]. Inside
+# ``sdpa_kernel(SDPBackend.MATH)``, attention is a few operators that ``vmap`` runs for
+# all models at once, but they write a number for each pair of tokens. So we expect
+# ``MATH`` to be better than the fused kernel for short sequences, and worse for long
+# ones.
+
+
+def in_turns(*ways, seconds=1.0):
+    """For each way: seconds of a call, gain over the first way, the gain's interval."""
+
+    def clock(way, calls=1):
+        start = timer()  # waits for a GPU
+        for _ in range(calls):
+            way()
+        return (timer() - start) / calls
+
+    calls = math.ceil(5e-3 / min(clock(way) for way in 3 * ways))  # the same for all
+    turns, end = [], timer() + seconds
+    while timer() < end or len(turns) < 7 or len(turns) % 2 == 0:
+        back = (-1) ** len(turns)  # every second turn runs backwards
+        turns.append([clock(way, calls) for way in ways[::back]][::back])
+    times, cut = torch.tensor(turns).T, int((len(turns) - 1) / 2 - len(turns) ** 0.5)
+    gains = (times[0] / times).sort().values[:, [len(turns) // 2, cut, -1 - cut]]
+    first = times[0].median().item()
+    return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
+
+
+def said(gain, low, high):
+    """A gain in words; what noise can explain, up to 2 percent, is no difference."""
+    if low > 1.02:
+        return f"{gain:.3g}x faster ({low:.3g} to {high:.3g})"
+    if high < 0.98:
+        return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
+    return f"no difference seen ({low:.2f} to {high:.2f})"
+
+
+# %%
+# In training, each side gets one fused Adam and one backward pass for all models, and
+# no dropout, with which CPUs have no fused kernel. To predict, the loop gets the fast
+# path where that is the faster one. A model has a minibatch of 8 lists.
+
+
+def train_step(way, optimizer):
+    optimizer.zero_grad()
+    way().square().sum().backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def predict_with(way, fast):
+    torch.backends.mha.set_fastpath_enabled(fast)
+    return way()
+
+
+def forms(n, width, length):
+    """Loop, one call with the fused kernel and one with MATH, to train and predict."""
+    models = [Reader(width, length, dropout=0.0).to(device) for _ in range(n)]
+    params, _ = stack_module_state(models)
+    x, padding, _ = draw(n, 8, length)
+    with torch.device("meta"):
+        shell = Reader(width, length, dropout=0.0)
+
+    def loop():
+        return torch.stack(
+            [m(*row) for m, *row in zip(models, x, padding, strict=True)]
+        )
+
+    fused = partial(vmap(partial(functional_call, shell)), params, (x, padding))
+    ways = loop, fused, sdpa_kernel(SDPBackend.MATH)(fused)
+    weights = [p for m in models for p in m.parameters()], params.values()
+    loop_adam, adam = [torch.optim.Adam(p, fused=True) for p in weights]
+    yield "train", map(partial, 3 * [train_step], ways, [loop_adam, adam, adam])
+    for model in *models, shell:
+        model.eval()
+    fast, plain = [partial(predict_with, loop, fast) for fast in (True, False)]
+    slower = in_turns(fast, plain, seconds=0.1)[1][1] < 1
+    best = fast if slower else plain
+    yield "predict", [best, *[partial(predict_with, way, False) for way in ways[1:]]]
+
+
+# %%
+# Medians of at least seven turns, warm; predictions run without autograd. A call's time
+# is that of the loop over the median gain, whose 95 % interval is in brackets.
+
+cases = [(32, 16, 1), (32, 16, 8), (32, 16, 64)]  # width, tokens, models
+cases += [(32, 128, 1), (32, 128, 8), (128, 16, 1), (128, 16, 8)]
+if device != cpu:
+    cases = [(32, 16, 1), (32, 16, 64), (32, 16, 512)]
+    cases += [(32, 256, 1), (32, 256, 64), (256, 64, 1), (256, 64, 64)]
+gains = {"train": [], "predict": []}
+for width, length, n in cases:
+    for task, ways in forms(n, width, length):
+        (loop, *_), *calls = in_turns(*ways, seconds=0.3)
+        gains[task].append([gain for _, *gain in calls])
+        print(f"{n} models, width {width}, {length} tokens, {task}: ", end="")
+        print(f"loop {loop * 1e3:.3g} ms")
+        for name, (once, *gain) in zip(("fused", "MATH"), calls, strict=True):
+            print(f"    one call, {name}: {once * 1e3:.3g} ms, {said(*gain)}")
+torch.backends.mha.set_fastpath_enabled(True)
+
+# %%
+
+labels = [f"{n} models, width {width}, {length} tokens" for width, length, n in cases]
+fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 4.5), layout="constrained")
+for ax, (task, pairs) in zip(axes, gains.items(), strict=True):
+    for k, (name, marker) in enumerate([("fused", "o"), ("MATH", "^")]):
+        middle, low, high = torch.tensor([pair[k] for pair in pairs]).T
+        rows = torch.arange(len(cases)) + 0.3 * k - 0.15
+        ax.errorbar(
+            middle, rows, xerr=[middle - low, high - middle], fmt=marker, label=name
+        )
+    ax.axvline(1, color="gray")
+    ax.set(xscale="log", title=task, xlabel="time of loop / time of one call")
+axes[0].set_yticks(range(len(cases)), labels)
+axes[0].invert_yaxis()
+axes[0].legend(title="one call with")
+fig.suptitle(
+    f"Encoders of two layers, float32, {where} (right of 1: one call is faster)"
+)
+fig.set_label(
+    "Gain of one call over a loop, with intervals, for seven sizes, to train and to "
+    "predict, with fused attention and with MATH. One call, fused, to train: "
+    f"{labels[2]} {said(*gains['train'][2][0])}; "
+    f"{labels[-1]} {said(*gains['train'][-1][0])}."
+)
+
+# %%
+# Read the table for a size near yours, and put your own model into
+# ``plot_your_own_model.py``. Where ``MATH`` is faster than the fused kernel, wrap the
+# call: ``call = sdpa_kernel(SDPBackend.MATH)(call)``. For training with dropout, CPUs
+# have no fused kernel (tested), and the two are the same. Why wide models can be slower
+# in one call is measured in ``plot_what_vmap_runs.py``.
+#
+# Remember
+# --------
+#
+# Encoders of ``torch.nn`` work under ``vmap`` in train mode; **for eval mode, switch
+# the fast path off**. Masks are positional arguments, caches are mapped ones. Time one
+# call against a loop at your own width and length, with and without ``MATH``.
+#
+# Next
+# ----
+#
+# - ``plot_adapters.py``: many low-rank adapters on one network.
+# - ``plot_what_vmap_runs.py``: find operators that ``vmap`` runs in a loop.
+# - ``plot_training.py``: stop early, clip, keep the best state of each model.
+#
+# References
+# ----------
+#
+# - [1] ``vmap`` and CUDA's fused attention: `pytorch#133964
+#   <https://github.com/pytorch/pytorch/pull/133964>`_, `pytorch#117016
+#   <https://github.com/pytorch/pytorch/issues/117016>`_.
