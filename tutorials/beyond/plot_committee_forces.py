@@ -377,8 +377,9 @@ print(f"without argnums=1: slopes by {', '.join(slope)}")
 # ----
 #
 # - ``plot_transformers.py``: models that people build, attention first.
-# - ``plot_jacobians_and_hessians.py``: slopes of slopes, and what they cost.
-# - ``plot_regression.py``: what the disagreement of an ensemble tells of its error.
+# - ``plot_transformers.py``: many transformers in one call.
+# - ``plot_derivatives_in_the_loss.py``: slopes of slopes, and where all members agree on
+#   a wrong curve.
 #
 # References
 # ----------
