@@ -377,9 +377,7 @@ print(f"without argnums=1: slopes by {', '.join(slope)}")
 # ----
 #
 # - ``plot_transformers.py``: models that people build, attention first.
-# - ``plot_transformers.py``: many transformers in one call.
-# - ``plot_derivatives_in_the_loss.py``: slopes of slopes, and where all members agree on
-#   a wrong curve.
+# - ``plot_derivatives_in_the_loss.py``: slopes of slopes in the loss.
 #
 # References
 # ----------
