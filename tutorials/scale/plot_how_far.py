@@ -164,7 +164,7 @@ def train(size, num_steps, device=device):
 
 
 def peak_mb(size):
-    """Most memory of tensors, in MB, from the begin of a group to its second step."""
+    """Most memory of tensors, in MB, from the start of a group to its second step."""
     cpu_only = [ProfilerActivity.CPU]
     with (
         torch.autograd.set_multithreading_enabled(False),  # nothing is freed later
