@@ -262,7 +262,7 @@ def deadly_draw(members, step, params, draw=draw):
     return draw(members, step, params)
 
 
-num_processes, num_models, num_steps = 4, 8, 40
+num_processes, num_models, num_steps = 3, 8, 40
 call = f'work({num_models}, {num_steps}, "saved", torch.device("cpu"), torch.float64)'
 deadly = f"{inspect.getsource(deadly_draw)}\ndraw = deadly_draw"
 
@@ -276,9 +276,9 @@ print("folders:", *sorted(path.name for path in folder.iterdir()))
 # Go on with another number of processes
 # --------------------------------------
 #
-# Start the same file again, with half as many processes:
+# Start the same file again, with one process less:
 
-fewer = num_processes // 2
+fewer = num_processes - 1
 print(launch(fewer, f"{functions}\n{call}", scratch.name, "saved/40").strip())
 
 # %%

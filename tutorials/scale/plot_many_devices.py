@@ -247,7 +247,7 @@ def wrap():
     torch.save([build(rank)[0].weight, model.module[0].weight], f"ddp-{rank}.pt")
 
 
-num_models, num_steps = 91, 10
+num_models, num_steps = 91, 6
 call = f"""
 work({num_models}, {num_steps}, "cpu", torch.float64)
 join(torch.device("cpu"))
