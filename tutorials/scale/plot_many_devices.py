@@ -274,7 +274,7 @@ for way, weights in zip(["unwrapped", "wrapped"], pairs, strict=True):
 whole, optimizer = begin(range(num_models), "cpu", torch.float64)
 for step in range(num_steps):
     train_step(whole, optimizer, *draw(range(num_models), step, whole))
-print(f"{num_models} members:", *[len(found[rank]["0.bias"]) for rank in "01"])
+print("members of each process:", *[len(found[rank]["0.bias"]) for rank in "01"])
 joined = {name: torch.cat([found["0"][name], found["1"][name]]) for name in whole}
 for what, params in {"members": joined, "rows": found["group-0"][1]}.items():
     message = f"2 processes that split {what} make other members. {{}}".format
@@ -364,12 +364,12 @@ for (n, each), against in zip(ways, told, strict=True):
 
 fig, ax = plt.subplots(layout="constrained")
 alone = [times[n, 1].item() for n in counts]
-ax.loglog(counts, alone, "C0o-", label="one thread each")
-ax.loglog(counts, [alone[0] / n for n in counts], "C1--", label="n times as fast as 1")
+ax.plot(counts, alone, "C0o-", label="one thread each")
+ax.plot(counts, [alone[0] / n for n in counts], "C1--", label="n times as fast as 1")
 ax.axhline(times[ways[0]], color="C2", ls=":", label=f"one process, threads: {threads}")
-ax.set_xticks(counts, counts)
+ax.set_xticks(counts)
 ax.set_title(f"{num_steps} steps of {num_models} members, float32\n{where}")
-ax.set(xlabel="processes at work", ylabel="time [ms]")
+ax.set(xlabel="processes at work", ylabel="time [ms]", ylim=(0, None))
 ax.legend()
 row = f"{counts[-1]} x 1 against {ways[0][0]} x {threads}: {told[-1] or 'the same'}"
 fig.set_label(
