@@ -1,4 +1,4 @@
-"""What plot_unknown_inputs.py says and does not prove: its scores, what they refuse."""
+"""What plot_unknown_inputs.py says and does not prove: its scores, their verdicts."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from pages import names_of
 
 PAGE = names_of("uncertainty/plot_unknown_inputs")
-auroc, fpr_at_95 = PAGE["auroc"], PAGE["fpr_at_95"]
+brier, nll, auroc = PAGE["brier"], PAGE["nll"], PAGE["auroc"]
 entropy, mutual_information = PAGE["entropy"], PAGE["mutual_information"]
 
 
@@ -56,20 +56,34 @@ def test_what_is_no_probability_is_refused(wrong):
         entropy(wrong)
 
 
-def test_fpr_lets_95_percent_of_the_known_pass():
-    known = torch.arange(101.0)
-    assert fpr_at_95(known, torch.tensor([94.0, 95.0, 96.0, 200.0])) == 0.5
+def test_auroc_is_the_share_of_pairs_in_order_and_half_of_those_that_tie():
+    torch.manual_seed(0)
+    known, unknown = torch.randint(9, (2, 50)), torch.randint(3, 12, (2, 70))
+    pairs = unknown[:, None, :] - known[:, :, None]
+    expected = ((pairs > 0).double() + (pairs == 0).double() / 2).mean((1, 2))
+    torch.testing.assert_close(auroc(known, unknown), expected, check_dtype=False)
 
 
-@pytest.mark.parametrize("metric", [auroc, fpr_at_95])
-@pytest.mark.parametrize(
-    "wrong", [torch.empty(0), torch.ones(2, 2), torch.tensor([torch.nan])]
-)
-def test_scores_of_one_group_only_or_of_nothing_are_refused(metric, wrong):
-    with pytest.raises(ValueError, match="known and unknown"):
-        metric(torch.rand(5), wrong)
-    with pytest.raises(ValueError, match="known and unknown"):
-        metric(wrong, torch.rand(5))
+@pytest.mark.parametrize(("sure", "worst"), [(1.0, 2.0), (0.1, 0.9)])
+def test_brier_is_two_for_a_sure_mistake_and_nine_tenths_for_a_guess(sure, worst):
+    probs = torch.full((1, 1, 10), (1 - sure) / 9)
+    probs[..., 0] = sure
+    assert brier(probs, torch.tensor([[1]])).item() == pytest.approx(worst)
+
+
+def test_nll_of_a_guess_is_the_logarithm_of_the_classes():
+    probs = torch.full((2, 3, 10), 0.1)
+    found = nll(probs, torch.zeros(2, 3, dtype=torch.long))
+    torch.testing.assert_close(found, torch.full((2,), math.log(10)))
+
+
+def test_a_turn_by_90_degrees_moves_each_pixel_to_its_place():
+    torch.manual_seed(0)
+    image = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(PAGE["turned"](image, 0), image)
+    quarter = PAGE["turned"](image, 90)
+    turns = [torch.rot90(image, k, (2, 3)) for k in (1, -1)]
+    assert any(torch.allclose(quarter, turn, atol=1e-4) for turn in turns)
 
 
 @pytest.mark.parametrize("true", [0.6, 1.0, 2.0])
@@ -81,15 +95,10 @@ def test_the_temperature_by_which_logits_were_divided_is_found_again(true):
     assert found.item() == pytest.approx(true, rel=0.15)  # the grid's step is 12 %
 
 
-def test_sure_and_wrong_counts_wrong_answers_above_nine_tenths():
-    probs = torch.tensor([[[0.95, 0.05], [0.85, 0.15], [0.95, 0.05]]])
-    answers = torch.tensor([1, 1, 0])  # wrong and sure, wrong and unsure, right
-    assert PAGE["sure_and_wrong"](probs, answers).item() == pytest.approx(1 / 3)
-
-
 @pytest.mark.parametrize(("sign", "word"), [(1, "better"), (-1, "worse")])
 def test_a_difference_counts_beyond_2_8_corrected_standard_errors(sign, word):
     PAGE["num_folds"], noise = 5, torch.tensor([-2.0, -1, 0, 1, 2])
     error = noise.std() * (1 / 5 + 1000 / 3500) ** 0.5
-    assert PAGE["verdict"](sign * 2.9 * error + noise) == word
-    assert PAGE["verdict"](sign * 2.7 * error + noise) == "not certain"
+    gaps = {"far": sign * 2.9 * error + noise, "near": sign * 2.7 * error + noise}
+    assert PAGE["verdicts"](gaps) == f"{word}: far; not certain: near"
+    assert PAGE["verdicts"]({"equal": torch.zeros(5)}) == "not certain: equal"
