@@ -328,8 +328,8 @@ fig.set_label(
 
 fig, axes = plt.subplots(1, 2, sharey=True, layout="constrained")
 for ax, row in zip(axes, [1, 3], strict=True):
-    ax.plot(*pools[0].T.cpu(), "C7.", ms=2)
-    ax.plot(*x[row, 0, :15].T.cpu(), "ko", fillstyle="none", label="first")
+    ax.plot(*pools[0, :600].T.cpu(), ".", color="gray", ms=2)
+    ax.plot(*x[row, 0, :15].T.cpu(), "C0s", fillstyle="none", label="first")
     ax.plot(*x[row, 0, 15:].T.cpu(), "C1o", ms=5, label="chosen")
     ax.set_title(list(ways)[row])
     ax.set_xlabel("first coordinate")
@@ -337,7 +337,7 @@ for ax, row in zip(axes, [1, 3], strict=True):
 axes[0].set_ylabel("second coordinate")
 axes[0].legend()
 fig.set_label(
-    "The pool of one repeat, its first labels and those chosen: by most disagreement "
+    "600 rows of a pool, its first labels and those chosen: by most disagreement "
     f"{apart[1]:.3f} from the nearest label on average, far apart {apart[3]:.3f}."
 )
 
