@@ -16,7 +16,7 @@ import runner
 IN_A_KERNEL, AS_A_SCRIPT = (
     [page for page in TUTORIALS if conftest.ALL or page.stem in names]
     for names in (
-        ["plot_ensembling", "plot_how_far"],
+        ["plot_ensembling", "plot_many_devices"],
         ["plot_ensembling", "plot_recipes"],
     )
 )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 # torch._inductor: what a first optimizer and a reset import, a thousand modules.
 PRELOAD = [
     *["warm", "torch", "torch._inductor", "torch.utils.benchmark", "torch.profiler"],
-    *["matplotlib.pyplot", "sklearn.datasets", "mlxtend.data", "scipy.ndimage"],
+    *["matplotlib.pyplot", "sklearn.datasets", "mlxtend.data"],
     *["sphinx.cmd.build", "sphinx_gallery.gen_gallery", "pydata_sphinx_theme"],
     *["sphinx_design", "sphinx_copybutton", "sphinx.ext.intersphinx", "nbformat"],
     "fontTools.subset",
