@@ -1,97 +1,86 @@
-"""What plot_from_many_to_few.py relies on: selection, scores, the team as a teacher."""
+"""What plot_from_many_to_few.py relies on: temperatures, choices, averages."""
 
 import pytest
 import torch
 from pages import names_of
-from sklearn.metrics import accuracy_score, log_loss
-from torch.func import stack_module_state
+from scipy.optimize import minimize_scalar
+from scipy.stats import t
+from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
-USED = "check nll greedy make_models predict probs_of losses_of score verdict"
-PAGE = names_of("uncertainty/plot_from_many_to_few", "teacher_of", *USED.split())
-nll, greedy = PAGE["nll"], PAGE["greedy"]
+USED = "temperature calibrate losses_of average combine best_five sort greedy pick play"
+PAGE = names_of("uncertainty/plot_from_many_to_few", *USED.split(), "spread", "verdict")
 
 
-def members(num_members=6, num_images=40):
-    torch.manual_seed(0)
+def members(num_members=8, num_images=60, seed=0):
+    """Logits, some of them of cautious and of bold members, and labels."""
+    torch.manual_seed(seed)
     labels = torch.randint(10, (num_images,))
     logits = torch.randn(num_members, num_images, 10, dtype=torch.float64)
-    return (logits + 2 * F.one_hot(labels, 10)).softmax(dim=-1), labels
+    scale = torch.logspace(-0.5, 1, num_members, base=2)[:, None, None]
+    return scale * (logits + 2 * F.one_hot(labels, 10)), labels
 
 
-def test_each_pick_is_the_best_addition():
-    probs, labels = members()
-    team = greedy(probs, labels, size=4)
-    for count in range(1, 5):
-        found = nll(probs[team[:count]].mean(dim=0), labels)
-        for other in range(len(probs)):
-            rival = nll(probs[[*team[: count - 1], other]].mean(dim=0), labels)
-            assert found <= rival + 1e-12
+def test_the_temperature_is_the_least_of_scipy_up_to_its_grid():
+    for logits, labels in [(z, members()[1]) for z in members()[0]]:
+
+        def loss(log2, logits=logits, labels=labels):
+            return F.cross_entropy(logits / 2**log2, labels).item()
+
+        exact = minimize_scalar(loss, bounds=(-2, 2), method="bounded").x
+        found = PAGE["temperature"](logits, labels).log2().item()
+        assert abs(found - exact) <= 0.06  # steps of 0.1
 
 
-def page_with(**globals_of_the_page):
-    PAGE.update(device=torch.device("cpu"), **globals_of_the_page)
-    PAGE["skeleton"] = PAGE["make_models"](1)[0].to("meta")
-    return PAGE
+def test_a_member_that_is_scaled_is_calibrated_to_the_same_predictions():
+    logits, labels = members()
+    once, _ = PAGE["calibrate"](logits, logits, labels)
+    again, _ = PAGE["calibrate"](2**0.5 * logits, logits, labels)
+    torch.testing.assert_close(once, again)
 
 
-def stacked(models):
-    params, _ = stack_module_state(models)
-    return {k: p.detach() for k, p in params.items()}
+def test_the_average_is_that_of_probabilities():
+    logits, labels = members()
+    probs = logits.softmax(dim=-1).mean(dim=0)
+    average = PAGE["average"](logits)
+    torch.testing.assert_close(average.softmax(dim=-1), probs)
+    loss = log_loss(labels, probs, labels=range(10))
+    assert F.cross_entropy(average, labels).item() == pytest.approx(loss)
 
 
-def test_the_teacher_is_the_average_of_its_own_team():
-    torch.manual_seed(0)
-    page = page_with(num_members=4, split=torch.arange(2)[:, None])
-    models = page["make_models"](8)  # four in each of two splits
-    page["members"] = stacked(models)
-    x = torch.randn(16, 5, 64)  # eight students in each split, with images of their own
-    teams = [[0, 2, 2], [3, 0, 1]]
-    probs = page["teacher_of"](torch.tensor(teams))(x)
-    for student in range(16):
-        own = [models[4 * (student // 8) + i] for i in teams[student // 8]]
-        with torch.no_grad():
-            alone = sum(model(x[student]).softmax(dim=-1) for model in own) / 3
-        torch.testing.assert_close(probs[student], alone)
+def test_the_lines_to_copy_do_what_the_comparison_does():
+    (val, y_val), (test, y_test) = members(seed=0), members(seed=1)
+    PAGE.update(y_val=y_val[None], y_test=y_test[None])  # one fold
+    logits = PAGE["best_five"](val, test, y_val)
+    own = [z[None] for z in PAGE["calibrate"](val, test, y_val)]
+    error, loss = PAGE["play"](PAGE["pick"](PAGE["sort"], own[0]), *own)[0]
+    assert F.cross_entropy(logits, y_test).item() == pytest.approx(loss.item())
+    wrong = (logits.argmax(dim=-1) != y_test).double().mean().item()
+    assert error.item() == pytest.approx(100 * wrong)
 
 
-def test_predictions_are_those_of_the_own_split_and_a_diverged_network_is_not_picked():
-    torch.manual_seed(0)
-    images, rows = torch.randn(30, 64), torch.tensor([[3, 4, 5], [6, 7, 8]])
-    page = page_with(images=images, num_splits=2)
-    models = page["make_models"](4)  # two in each split
-    torch.nn.init.constant_(models[3][0].weight, torch.nan)
-    probs = page["probs_of"](stacked(models), rows)
-    for i, model in enumerate(models[:3]):
-        with torch.no_grad():
-            alone = model(images[rows[i // 2]]).softmax(dim=-1)
-        torch.testing.assert_close(probs[i // 2, i % 2], alone)
-    assert (probs[1, 1] == 0.1).all()
-    easy = probs[1, 0].argmax(dim=-1)  # labels that the sound network gets right
-    assert greedy(probs[1], easy, size=1) == [0]
+def test_a_member_of_nan_is_not_among_the_five():
+    (val, labels), (test, _) = members(), members(seed=1)
+    val[3], test[3] = torch.nan, torch.nan
+    assert PAGE["best_five"](val, test, labels).isfinite().all()
 
 
-def test_scores_are_those_of_scikit_learn():
-    probs, labels = zip(*(members() for _ in range(2)), strict=True)
-    probs, labels = torch.stack(probs), torch.stack(labels)
-    page = page_with(y_test=labels)
-    found = page["score"](probs)  # [split, 2]
-    for split in range(2):
-        mean, y = probs[split].mean(dim=0), labels[split]
-        wrong = 100 * (1 - accuracy_score(y, mean.argmax(dim=-1)))
-        assert found[split, 0].item() == pytest.approx(wrong)
-        assert found[split, 1].item() == pytest.approx(
-            log_loss(y, mean, labels=range(10))
-        )
+def test_greedy_begins_with_the_best_five_and_each_pick_is_the_best_addition():
+    logits, labels = members()
+    team, average = PAGE["greedy"](logits, labels, picks=9), PAGE["average"]
+    assert team[:5] == PAGE["sort"](logits, labels)
+    for count in range(6, 10):
+        found = F.cross_entropy(average(logits[team[:count]]), labels)
+        for other in range(len(logits)):
+            rival = average(logits[[*team[: count - 1], other]])
+            assert found <= F.cross_entropy(rival, labels) + 1e-12
 
 
 @pytest.mark.parametrize(("sign", "word"), [(1, "worse"), (-1, "better")])
-def test_a_difference_counts_from_three_standard_errors(sign, word):
-    verdict, noise = PAGE["verdict"], torch.tensor([-1.0, 1.0] * 8)
-    error = noise.std() / 16**0.5
-    assert verdict(sign * 3.1 * error + noise).endswith(f"{word} here")
-    assert verdict(sign * 2.9 * error + noise).endswith("not certain")
-    # For other digits, three errors with the correction of Nadeau and Bengio (2003).
-    wide = noise.std() * (1 / 16 + 697 / 300) ** 0.5
-    assert verdict(sign * 3.1 * wide + noise).endswith(word)
-    assert verdict(sign * 2.9 * wide + noise).endswith(f"{word} here")
+def test_a_difference_counts_beyond_the_corrected_error_times_t(sign, word):
+    PAGE["num_folds"] = 10
+    noise = torch.tensor([-1.0, 1.0] * 5)
+    error = (noise.std() * (1 / 10 + 500 / 4000) ** 0.5).item()  # Nadeau and Bengio
+    limit = t.ppf(0.975, df=9)
+    assert PAGE["verdict"](sign * 1.01 * limit * error + noise).endswith(word)
+    assert PAGE["verdict"](sign * 0.99 * limit * error + noise).endswith("not certain")
