@@ -231,9 +231,9 @@ for kind, rows in kinds.items():
 # %%
 # **If the ensemble clearly leads for the kind left out, and its NLL is the lowest, its
 # disagreement is worth the cost there.** If its coverage is below 95 %, it notices too
-# little: members share an error that their disagreement does not show. With cars from
-# America, Europe or Japan left out instead, its coverage is above that of a wide
-# network, too (tested).
+# little: members share an error that their disagreement does not show. With American
+# cars left out instead, its coverage is above that of a wide network, too; with those
+# from Europe or Japan, about as high or higher (tested).
 #
 # More data lower the ignorance where they lie
 # --------------------------------------------
