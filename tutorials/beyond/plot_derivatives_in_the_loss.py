@@ -1,6 +1,6 @@
 """
-Derivatives in the loss: PINNs for all members at once
-======================================================
+Derivatives in the loss: an ensemble of PINNs
+=============================================
 
 Write a derivative by the input for one network and one point, map it over the members
 of an ensemble and over points by two nested ``vmap`` calls, and train through it.
@@ -226,8 +226,8 @@ for inputs in 1, 8:
 # at random points, and the initial conditions. Here it is a damped oscillator from 0 to
 # 1, in which :math:`u'' + 2\gamma u' + \omega^2 u = 0` with :math:`\gamma = 2`,
 # :math:`u(0) = 1` and :math:`u'(0) = 0`. Half of the 40 members have
-# :math:`\omega = 6`, half 12; all start from weights of their own and draw their own
-# points.
+# :math:`\omega = 6`, half 12: ``omega`` is an argument with a value for each member.
+# All start from weights of their own and draw their own points.
 
 damping, frequencies, num_steps = 2.0, (6.0, 12.0), 400
 
@@ -268,7 +268,8 @@ print("a curve that is 0 everywhere has a loss of 1")
 #
 # The solutions of these equations are known. The members of each :math:`\omega` make
 # four committees of five; if a committee's spread told its error, two standard
-# deviations would hold the solution at most times.
+# deviations, two spreads, would hold the solution at most times. The last rows say at
+# which share of the times they do.
 
 
 def solution(omega, t):
@@ -290,7 +291,7 @@ fooled = (rms_error > 2 * rms_spread).sum()
 print(f"in {fooled} of 8 committees the error is more than two spreads")
 for omega, *rows in zip(frequencies, rms_error, rms_spread, held, strict=True):
     print(f"omega {omega:.0f}, committees 0 to 3:")
-    for what, row in zip(["error", "spread", "two spreads hold"], rows, strict=True):
+    for what, row in zip(["error", "spread", "within 2 spreads"], rows, strict=True):
         print(f"  {what:16}", *[f"{value:.3f}" for value in row.tolist()])
 
 # %%
@@ -315,9 +316,10 @@ fig.set_label(
 # **Members that make the same mistake agree on it.** They share equation, architecture,
 # optimizer and schedule; their spread shows what differs among them, which is the
 # initial weights and the points. So compare a PINN with a solver or with measurements
-# at a setting where you have them. Krishnapriyan and others describe failures of PINNs
-# and propose two ways to train against them, curricula and one time span after the
-# other.
+# at a setting where you have them. Train longer, by ``num_steps``, and the table says
+# whether the members become right or only agree more. Krishnapriyan and others describe
+# failures of PINNs and propose two ways to train against them: from easy settings to
+# hard ones, and one span of time after the other.
 #
 # The mistake: ReLU
 # -----------------

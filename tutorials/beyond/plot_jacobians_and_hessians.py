@@ -148,7 +148,7 @@ for h in widths:
         deep = nn.Sequential(*middle, nn.Linear(h, m)).to(device)
         with torch.no_grad():
             ways = [partial(vmap(way(deep)), batch) for way in (jacfwd, jacrev)]
-            (forth, *_), (back, gain, *interval) = in_turns(*ways, seconds=0.4)
+            (forth, *_), (back, gain, *interval) = in_turns(*ways, seconds=0.3)
         ratios[h].append(1 / gain)
         verdict = said(gain, *interval)
         faster += [m] * ("faster" in verdict)
@@ -188,9 +188,9 @@ fig.set_label(
 )
 
 # %%
-# **Take jacrev up to the first border that the run prints, jacfwd from the second on.**
-# Where the two networks differ, choose the one whose width is nearer to yours, and
-# measure your own function. If memory runs out, ``jacrev`` can split its work by
+# **Take jacrev up to the first border that the run prints; from the second on, where it
+# prints one, take jacfwd.** Borders may differ between networks: near them, measure
+# your own function. If memory runs out, ``jacrev`` can split its work by
 # ``chunk_size``.
 #
 # A loss has one output and many parameters, so take ``jacrev`` or ``grad``.
@@ -349,10 +349,10 @@ print(f"vjp of grad: within {off:.0e} of the product above")
 # %%
 # The message names no operator (`pytorch#123996
 # <https://github.com/pytorch/pytorch/issues/123996>`_). Other losses, such as
-# ``F.huber_loss``, have no rule for it, and say so. ``linearize`` of the gradient of
-# one ``F.mse_loss`` ends the process with a segmentation fault (tested, torch 2.11 and
-# 2.13). Go backward twice, or write the loss another way. ``jacfwd(jacrev(loss))``
-# takes both losses as they are (tested).
+# ``F.huber_loss``, have no rule for it, and say so. Without ``vmap``, ``linearize`` of
+# the gradient of ``F.mse_loss`` ends the process with a segmentation fault (tested,
+# torch 2.11 and 2.13). Go backward twice, or write the loss another way.
+# ``jacfwd(jacrev(loss))`` takes both losses as they are (tested).
 #
 # Remember
 # --------
