@@ -200,9 +200,10 @@ print("splits that chose each rate:", dict(zip(rates, counts, strict=True)))
 # likelihood (**NLL**, lower is better) judges the width of the bars, too. The mixture
 # counts as one Gaussian, as in Lakshminarayanan (2017).
 #
-# A lead of the ensemble is a mean of differences, split by split. It is clear beyond
-# three standard errors, which chance alone exceeds in about one of a hundred
-# comparisons. All splits are of one table, so a clear lead is one on these cars.
+# A **lead** is the ensemble's coverage minus its rival's, the mean over the splits (and
+# its standard error). It is clear beyond three standard errors, which chance alone
+# exceeds in about one of a hundred comparisons. All splits are of one table, so a clear
+# lead is one on these cars.
 
 
 def covered(mean, var, y):
