@@ -299,11 +299,11 @@ fig.set_label(
 )
 
 # %%
-# **If ignorance inside falls in nine or ten sets of ten each time, more data settle
-# it** (chance alone: once in about fifty). **Outside, ignorance stays, and the
-# error is many times larger**: beyond its last kink a ReLU network is a straight line,
-# and the truth is a cubic, so all members are wrong together. Large ignorance says not
-# to trust the prediction, not how wrong it is.
+# **If ignorance inside falls in nine or ten sets of ten at a step, more data settle a
+# part of it** (chance alone: once in about fifty); fewer sets show no clear change.
+# **Outside, ignorance stays, and the error is many times larger**: beyond its last kink
+# a ReLU network is a straight line, and the truth is a cubic, so all members are wrong
+# together. Large ignorance says not to trust the prediction, not how wrong it is.
 #
 # If fewer than 95 % of the places inside have the truth within two standard deviations
 # of ignorance ("2 ignorances"), it understates the error there, too, probably because
