@@ -352,9 +352,9 @@ for name, (ranked, mixed) in table.items():
 # - **No temperature:** where it is worse, fit at least one kind. The first two rows
 #   have the same teams: where greedy is better in the first and not in the second, a
 #   temperature gives what greedy selection gave.
-# - **Only of the team, only of each member:** where they are worse, fit both. Averaging
-#   makes even calibrated members cautious (Rahaman 2021), and Caruana (2006) studies
-#   greedy selection from calibrated members.
+# - **Only of the team, only of each member:** where they are worse, fit both; where
+#   they are not certain, one kind may do. Averaging makes even calibrated members
+#   cautious (Rahaman 2021). Caruana (2006) studies selection from calibrated members.
 #
 # The validation images have fit and chosen, so report the loss on test images, and
 # never choose by it.
