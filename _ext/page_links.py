@@ -32,6 +32,43 @@ MOVED = {
         "there-is-a-performance-drop-slow": "there-is-a-performance-drop",
         "the-mistake-append-count-or-draw": "remember",
     },
+    "auto_tutorials/beyond/plot_jacobians_and_hessians": {
+        "sixteen-members-each-with-its-own-learning-rate": (
+            "one-vector-for-all-parameters-of-a-member"
+        ),
+        "a-learning-rate-decides-how-sharp-it-may-get": (
+            "how-sharp-is-each-member-s-loss"
+        ),
+    },
+    "auto_tutorials/beyond/plot_per_sample_gradients": {
+        "linear-layers-norms-and-clipping-without-gradients": (
+            "norms-and-clipping-without-gradients"
+        ),
+        "find-mislabeled-digits": "what-it-costs",
+    },
+    "auto_tutorials/scale/plot_how_far": {
+        "a-plan-for-a-thousand-members-or-a-million": (
+            "how-much-memory-and-time-many-models-need"
+        ),
+        "from-two-measurements-to-a-plan": "from-a-small-run-to-a-plan",
+        "a-member-and-its-training-step": "the-models-and-their-training-step",
+        "any-plan-trains-the-same-members": "the-models-and-their-training-step",
+        "how-many-members-fit": "the-small-run",
+        "how-long-a-step-takes-with-one-member-and-with-many": "the-small-run",
+        **dict.fromkeys(
+            [
+                "and-with-two-devices",
+                "does-the-projection-hold",
+                "more-devices-do-not-shorten-the-fixed-time",
+                "what-becomes-the-bottleneck",
+            ],
+            "the-plan-and-a-job-that-checks-it",
+        ),
+        "the-mistake-to-plan-from-one-measurement": (
+            "the-mistake-to-multiply-the-time-of-one-model"
+        ),
+        "references": "reference",
+    },
     "auto_tutorials/speed/plot_fastest_ensemble": {
         "two-side-steps-on-step-2-threads-or-a-cuda-graph": (
             "side-steps-that-need-an-nvidia-gpu"
@@ -51,6 +88,31 @@ MOVED = {
     "auto_tutorials/speed/plot_what_vmap_runs": {
         "batching-rule-not-implemented-for-aten-lstm-input": "an-lstm-or-a-gru",
         "large-results-need-fresh-memory": "on-a-cpu-large-results-need-fresh-memory",
+    },
+    "auto_tutorials/uncertainty/plot_more_members": {
+        "score-a-prediction": "score-a-team",
+        "train-the-whole-curve-at-once": "train-three-widths",
+        **dict.fromkeys(
+            [
+                "choose-the-learning-rate-before-you-look",
+                "what-should-happen-one-part-in-m-is-left",
+            ],
+            "each-team-chooses-its-rate-and-its-temperature",
+        ),
+        "fair-one-large-network-and-a-temperature-for-each": "members-or-width",
+        "averaging-makes-less-confident": "do-members-average-overfitting-away",
+    },
+    "auto_tutorials/uncertainty/plot_regression": {
+        "an-ensemble-that-knows-where-it-has-no-data": (
+            "error-bars-from-an-ensemble-noise-and-ignorance"
+        ),
+        "does-it-know-where-and-how-much": "do-the-error-bars-hold",
+        "the-mistake-leaving-out-the-variance-of-the-means": "do-the-error-bars-hold",
+    },
+    "auto_tutorials/uncertainty/plot_unknown_inputs": {
+        "answer-only-what-is-sure": (
+            "does-the-score-tell-unknown-inputs-from-known-ones"
+        ),
     },
 }
 

@@ -77,3 +77,27 @@ def test_index_add_loops_only_if_each_model_has_its_own_indices(recwarn):
             vmap(page["add_rows"], in_dims=(0, in_dim))(x, indices)
         assert page["calls"].count("index_add") == expected
     assert not recwarn
+
+
+def test_more_without_a_message():
+    params, _ = stack_module_state([nn.Linear(4, 3) for _ in range(3)])
+    assert not [p for p in params.values() if p.ndim < 2]
+    assert [n for n, p in params.items() if p.ndim < 3] == ["bias"]
+    asked = []
+
+    def ask(params, x):
+        asked.extend(p.requires_grad for p in params.values())
+        return PAGE["predict"](params, x)
+
+    losses = vmap(ask)(params, torch.randn(3, 5, 4)).square().mean((1, 2))
+    assert asked == [False, False]
+    ask_for = params["weight"][2], params["weight"]
+    row, whole = torch.autograd.grad(losses.sum(), ask_for, allow_unused=True)
+    assert row is None
+    assert whole[2].abs().max() > 0
+
+
+def test_the_accuracy_of_an_ensemble_is_not_a_mean_of_accuracies():
+    logits = torch.tensor([[[9.0, 0.0]], [[0.0, 0.5]], [[0.0, 0.5]]])  # label: 0
+    assert (logits.argmax(-1) == 0).float().mean() < 0.5
+    assert logits.softmax(-1).mean(0).argmax(-1) == 0

@@ -102,6 +102,24 @@ def test_muon_refuses_stacked_matrices(models):
     assert (ends[0] - ends[1]).abs().max() > 1e-3
 
 
+def test_lbfgs_mixes_members():
+    ends = []
+    for steep in [1.0, 30.0], [1.0]:
+        p = torch.ones(len(steep), 2, dtype=torch.float64, requires_grad=True)
+        slope = torch.tensor([1.0, 3.0]) * torch.tensor(steep)[:, None]
+        optimizer = torch.optim.LBFGS([p], max_iter=3)
+
+        def loss(p=p, slope=slope, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = (slope * p.square() + p.sin()).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        ends.append(p.detach()[0])
+    assert (ends[0] - ends[1]).abs().max() > 1e-3
+
+
 def test_clipping_each_member_is_clipping_alone(models, data):
     for_all = nn.utils.clip_grad_norm_
     alone = train_alone(models, data, sgd, for_all)

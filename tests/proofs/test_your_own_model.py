@@ -1,11 +1,12 @@
 """plot_your_own_model.py: its questions, asked of many kinds of modules."""
 
+import re
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pages import names_of
+from pages import functions_of, names_of, text_of
 from torch import nn
 
 ASK = "to_device loss_of run accepts ask Operators loops without_dropout loop apart"
@@ -42,6 +43,18 @@ class Several(nn.Linear):
         x = super().forward(x)
         dropped = F.dropout(x, self.rate_of_all, self.training)
         return {"mean": x.mean(), "both": (x, dropped)}
+
+
+class Masked(nn.MultiheadAttention):
+    def forward(self, x, mask):  # hands a keyword on
+        return super().forward(x, x, x, key_padding_mask=mask, need_weights=True)[0]
+
+
+def attention():
+    return Masked(8, 2, batch_first=True)
+
+
+MASK = torch.tensor([[False, False, False, True, True], [False] * 5])
 
 
 def weight_norm():
@@ -130,6 +143,24 @@ def test_random_numbers_outside_of_modules_are_no_distance():
         PAGE["distance"], build, x, True
     )
     assert PAGE["distance"](build, x, False) < 1e-10
+
+
+def test_a_batch_of_its_own_for_each_model():
+    page = "basics/plot_your_own_model"
+    words = re.sub(r"\n# ", " ", text_of(page))
+    (returned,) = re.findall(r"``(lambda b: .+?)``", words)
+    code = functions_of(page, "stack").replace("in_dims=(0, 0, None)", "in_dims=0")
+    code, number = re.subn(r"partial\(every, \*state\)", returned, code)
+    assert number == 1
+    own = {**PAGE}
+    exec(code, own)
+    for build, batch in (lambda: nn.Linear(8, 4), (ROWS,)), (attention, (TIMES, MASK)):
+        _, (params, buffers), call = own["stack"](build, 3, double=True)
+        _, _, shared = PAGE["stack"](build, 3, double=True)
+        assert call.__name__ == "<lambda>"
+        given = tuple(t.double() if t.is_floating_point() else t for t in batch)
+        apart = PAGE["apart"](call(given), shared.func(params, buffers, given))
+        assert apart < 1e-12
 
 
 def test_a_hidden_loop_is_named():

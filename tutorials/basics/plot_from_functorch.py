@@ -170,7 +170,10 @@ for way, found in ways.items():
 # %%
 # **The other transforms stay**: ``vjp``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``
 # and ``functionalize`` are in ``torch.func`` with the same arguments (tested). In place
-# of ``functorch.compile`` use ``torch.compile``.
+# of ``functorch.compile`` use ``torch.compile``, and of
+# ``torch.nn.utils.stateless.functional_call`` the one of ``torch.func``. A functional
+# optimizer, also with a rate for each member, is ``adam_step`` of
+# ``plot_hyperparameter_sweep.py``. Nothing is to install: ``pip uninstall functorch``.
 #
 # What changes without an error
 # -----------------------------
@@ -233,11 +236,12 @@ print(f"skeleton in train mode: off by {(wrong - logits).abs().max():.1f}, no er
 #     variables: params, batch_stats       state = (params, buffers)
 #     nnx.split(model)                     skeleton, (params, buffers)
 #     eqx.partition(model, eqx.is_array)   (params, buffers), skeleton
-#     eqx.filter_vmap(make)(keys)          stack_module_state([Net(), Net(), ...])
+#     eqx.filter_vmap(make)(keys)          stack_module_state([make(s) for s in seeds])
 #     in_axes=eqx.if_array(0)              in_dims=0
 #     in_axes of a pytree                  in_dims=({"fc1.weight": 0, ...}, 0, None)
 #
-# ``clip_each`` stands in ``plot_recipes.py``. One pair of results changes places:
+# ``make(s)`` calls ``torch.manual_seed(s)`` and returns ``Net()``. ``clip_each`` stands
+# in ``plot_recipes.py``. One pair of results changes places:
 
 value_last = grad_and_value(loss)(params, buffers, x[0], y)
 print("grad_and_value returns", [type(part).__name__ for part in value_last])

@@ -280,9 +280,24 @@ looped = torch.stack([model.weight.grad for model in few])
 torch.testing.assert_close(state_grads["weight"], looped, rtol=0, atol=1e-10)
 
 # %%
-# A rarer mistake that different sizes turn into an error (tested): in two nested calls
-# of ``vmap``, ``torch.cond`` computes a wrong result if one call maps its condition,
-# the other its operand, and both have equal size. Write ``torch.where``.
+# More without a message
+# ----------------------
+#
+# - **No decay for biases**: in a stack a bias has two dimensions, so the usual rule
+#   ``p.ndim < 2`` finds none. Write ``p.ndim < 3``.
+# - **Gradients are there, and nothing learns**: the optimizer is older than the stack,
+#   or holds the models (``plot_training.py``).
+# - **The gradient of a row is None**: ``params["weight"][3]`` after the call is a new
+#   tensor. Take row 3 of the gradient of ``params["weight"]``.
+# - **Inside** ``vmap``, ``requires_grad`` is False for every tensor, and code that asks
+#   for it takes its other branch.
+# - **The accuracy of an ensemble** is that of the averaged probabilities, not the mean
+#   of the members' accuracies.
+# - In two nested calls of ``vmap``, ``torch.cond`` computes a wrong result if one call
+#   maps its condition, the other its operand, and both have equal size. Write
+#   ``torch.where``.
+#
+# All of this is tested.
 #
 # Remember
 # --------

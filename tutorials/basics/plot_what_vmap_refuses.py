@@ -66,13 +66,17 @@ def compare(refused, accepted, *inputs):
 #   dataclass ``out``, return ``vars(out)``. A ``NamedTuple`` is accepted.
 # - ``input.size(-2) should match other.size(-2)``: ``lstsq`` takes no vector here.
 #   Write ``torch.linalg.lstsq(a, b[:, None]).solution[:, 0]``.
+# - ``too many indices for tensor``, ``expected 4D input (got 3D input)``: inside, a
+#   tensor lacks the mapped dimension. If you map over samples, give the model a batch
+#   of one: ``model(x[None])[0]``.
 # - ``NestedTensorImpl doesn't support sizes``: all members share a nested tensor. Pass
 #   ``nested.to_padded_tensor(0.0)`` and a mask.
 #
 # **About a value, a shape, storage**
 #
 # - ``data-dependent control flow``: an ``if``, in your code or in a library, would go
-#   one way for all members. Write ``torch.where(test, a, b)``.
+#   one way for all members. Write ``torch.where(test, a, b)``. To raise an error,
+#   return the test and raise outside.
 # - ``calling .item() on a Tensor``: a Python number would be the same for all members.
 #   Keep the tensor.
 # - ``Cannot access data pointer of Tensor``: NumPy, SciPy and ``.tolist()`` see no
@@ -119,7 +123,7 @@ def compare(refused, accepted, *inputs):
 #
 # - ``attempting to call Tensor.requires_grad_()``, ``backward() called inside``, ``does
 #   not require grad and does not have``: gradients are functions here. Write
-#   ``vmap(grad(loss))``.
+#   ``vmap(grad(loss))``, or ``vmap(jacrev(f))`` for a Jacobian.
 # - ``override the setup_context staticmethod``: an ``autograd.Function`` has the old
 #   form, or a model calls ``checkpoint`` with ``use_reentrant=True``. If ``grad`` meets
 #   a custom operator, put a ``Function`` around it.

@@ -57,8 +57,7 @@ batch = (torch.randn(32, 64),)
 # Do they stack?
 # --------------
 #
-# One function of all models; all get the same batch. (For a batch each, write 0 in the
-# place of ``None``, and stack the batches.) Dropout needs ``randomness``.
+# One function of all models; all get the same batch. Dropout needs ``randomness``.
 
 
 def stack(build, num_models, train=False, double=False):
@@ -85,12 +84,19 @@ for name, t in (params | buffers).items():
 # needs the values of tensors. ``plot_recipes.py`` has one stack and one call for each
 # kind of model.
 #
+# If each model gets a batch or a mask of its own, map over copies of ``batch``
+# (tested): write ``in_dims=0``, and let ``stack`` return, in the place of
+# ``partial(...)``, ``lambda b: every(*state, tree_map(lambda t: torch.stack([t] *
+# num_models), b))``.
+#
 # Does vmap accept them?
 # ----------------------
 #
 # To predict with two models, and to train them, with a loss for which any tensor will
-# do. (A loss of your own that you map as well has to be asked, too.) ``ask`` returns an
-# answer, or the first line of the error that came in its place.
+# do. To ask about a loss of your own, let ``build`` return a module whose ``forward(x,
+# y)`` ends in it, and pass ``(x, y)``. An argument by keyword needs a module around
+# yours that passes it on. ``ask`` returns an answer, or the first line of the error
+# that came in its place.
 
 
 def to_device(batch):

@@ -374,10 +374,10 @@ print("attention's gradient loops over", fallbacks(gradient, *qkv))
 
 # %%
 # **Write such a layer from operators that have rules**, for attention
-# ``torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v`` (tested). For a layer that you
-# cannot change, such as ``nn.TransformerEncoderLayer``, ``plot_transformers.py`` has a
-# switch, and measures when it is worth it. ``plot_what_vmap_refuses.py`` makes the
-# warning an error.
+# ``torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v`` (tested). For a layer that
+# you cannot change, such as ``nn.TransformerEncoderLayer``, ``plot_transformers.py``
+# has a switch, and measures when it is worth it. ``plot_what_vmap_refuses.py`` makes
+# the warning an error.
 #
 # An LSTM or a GRU
 # ----------------

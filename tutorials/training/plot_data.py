@@ -158,8 +158,9 @@ print(f"a batch of bytes: {batch.nbytes:,}; as float32: {images.nbytes:,}")
 # Subsets of one size are an index tensor: shuffle the indices of each member for an
 # epoch, and split them into steps. For subsets of several sizes, ``torch.multinomial``
 # draws the rows of each step from chances that are 0 outside of the subset (of at most
-# 2**24 rows of data). **If a subset has fewer rows than the batch, it gets rows of
-# others, without an error** (tested on the CPU).
+# 2**24 rows of data). For stratified folds, ``fold[test] = i`` for each ``test`` of
+# scikit-learn's ``StratifiedKFold``. **If a subset has fewer rows than the batch, it
+# gets rows of others, without an error** (tested on the CPU).
 
 num_rows = len(x)
 bootstrap = torch.randint(num_rows, (num_models, num_rows))  # [8, 1797]
@@ -176,6 +177,19 @@ distinct = sum(len(row.unique()) for row in bootstrap) / num_models
 print(f"in its bootstrap, a member has {distinct / num_rows:.1%} of the digits")
 
 # %%
+# The score of each member on its own fold, whose sizes differ:
+#
+# .. code-block:: python
+#
+#     def row_losses(params, x, y):
+#         return F.cross_entropy(predict(params, x), y, reduction="none")
+#
+#     each = vmap(row_losses, in_dims=(0, None, None))
+#     with torch.no_grad():
+#         losses = each(params, x.to(device), y.to(device)).cpu()  # [8, 1797]
+#     held = fold == torch.arange(num_models)[:, None]
+#     score = (losses * held).sum(1) / held.sum(1)  # [8]
+#
 # The picture draws such indices for 40 rows of data: what each member gets in one step,
 # or has in its subset.
 

@@ -139,7 +139,10 @@ print(f"together and alone: at most {worst:.0e} apart")
 # ------------------------------------------
 #
 # List the members of a grid. A seed is an initialization and an order of the
-# minibatches, the same for all settings.
+# minibatches, the same for all settings. A setting of the model, such as a dropout
+# rate, becomes a buffer (``plot_state.py``); a width needs a stack for each. With
+# Optuna, call ``study.ask()`` for each member, train the stack, then ``study.tell`` for
+# each.
 #
 # **What should happen:** small rates do not arrive within 200 steps, and large ones do
 # not settle. The decay multiplies every weight by :math:`1 - \eta\lambda` in each step,

@@ -350,9 +350,10 @@ print(f"a step moves the new tensors by {(params['2.bias'] - before).abs().max()
 # Remember
 # --------
 #
-# An exchange is one indexed copy, in place, of parameters and optimizer state, with new
-# settings for the copies. Compare PBT with a sweep under a schedule, by test loss,
-# paired over several populations.
+# An exchange is one indexed copy, in place, of parameters and optimizer state (and of
+# buffers, if there are any: ``b.copy_(b[source])``), with new settings for the copies.
+# ``settings.clamp`` keeps them in a range. Compare PBT with a sweep under a schedule,
+# by test loss, paired over several populations.
 #
 # Next
 # ----

@@ -203,6 +203,7 @@ for randomness in ["same", "different"]:
 # %%
 # Members of an ensemble want ``"different"``. Seed before the call and it repeats. It
 # does not repeat a *loop*: that draws member by member, and ``vmap`` layer by layer.
+# For many draws of each member, call it many times and stack the results.
 #
 # Repeat the masks of one member
 # ------------------------------
@@ -271,7 +272,8 @@ for name, p in params.items():
 # - Frozen in *some* members: ``p.register_hook(lambda grad: grad * mask)``, with a mask
 #   of shape ``[4, 1, 1]`` for a weight and ``[4, 1]`` for a bias, stops their
 #   gradients. Momentum and weight decay still move them, so use it from the first step
-#   and without decay.
+#   and without decay. To freeze entries of a tensor, multiply it by its mask in the
+#   function that you map.
 #
 # Tied weights: build the skeleton on meta
 # ----------------------------------------

@@ -123,8 +123,10 @@ print(f"best epochs: {best_epoch.min()} to {best_epoch.max()}, of {num_epochs}")
 #
 # SGD, momentum, Adam, AdamW and weight decay treat each number by itself, so they do
 # not mix members (tested). Adafactor mixes members. Muon refuses stacked matrices, and
-# takes a stack of vectors for one matrix, which mixes members (both tested). A
-# scheduler changes the rate of all members at once, as it does for one model.
+# takes a stack of vectors for one matrix, which mixes members (both tested); LBFGS
+# mixes them, too (tested). Groups of layers are made by name, as for one model; a rule
+# such as ``p.ndim < 2`` for biases becomes ``p.ndim < 3``. A scheduler changes the rate
+# of all members at once, as it does for one model.
 #
 # Keep the best state of each member
 # ----------------------------------
