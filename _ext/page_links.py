@@ -89,6 +89,17 @@ MOVED = {
         "batching-rule-not-implemented-for-aten-lstm-input": "an-lstm-or-a-gru",
         "large-results-need-fresh-memory": "on-a-cpu-large-results-need-fresh-memory",
     },
+    "auto_tutorials/uncertainty/plot_from_many_to_few": {
+        "the-best-team-of-a-sweep-and-one-network-in-its-place": (
+            "the-best-five-of-a-sweep"
+        ),
+        "pick-a-team-greedily": "keep-five-members",
+        "a-sweep-in-every-split": "a-sweep-in-every-fold",
+        "is-the-greedy-team-better": "is-the-team-better",
+        "the-mistake-too-few-images-to-choose-by": (
+            "the-mistake-to-compare-losses-without-temperatures"
+        ),
+    },
     "auto_tutorials/uncertainty/plot_more_members": {
         "score-a-prediction": "score-a-team",
         "train-the-whole-curve-at-once": "train-three-widths",

@@ -369,7 +369,7 @@ for kind in ["turned 0", "turned 90", "others"]:
 # Next
 # ----
 #
-# - ``plot_from_many_to_few.py``: choose a team, then keep one network.
+# - ``plot_from_many_to_few.py``: keep the best five of a sweep.
 #
 # References
 # ----------
