@@ -75,7 +75,7 @@ def tidy(app, doctree):
 
 def needs(code):
     """First line of a notebook: what its page imports, as pip calls it."""
-    names = {"sklearn": "scikit-learn"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
     imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
     wanted = sorted(names.get(n, n) for n in imported - sys.stdlib_module_names)
     return f"# %pip install {' '.join(wanted)}"

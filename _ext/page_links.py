@@ -96,9 +96,7 @@ MOVED = {
         "pick-a-team-greedily": "keep-five-members",
         "a-sweep-in-every-split": "a-sweep-in-every-fold",
         "is-the-greedy-team-better": "is-the-team-better",
-        "the-mistake-too-few-images-to-choose-by": (
-            "the-mistake-to-compare-losses-without-temperatures"
-        ),
+        "the-mistake-too-few-images-to-choose-by": "the-mistake-no-temperature",
     },
     "auto_tutorials/uncertainty/plot_more_members": {
         "score-a-prediction": "score-a-team",

@@ -26,6 +26,7 @@ UNDOCUMENTED = {
     "torch.autograd.DeviceType.CUDA",
     "torch.autograd.set_multithreading_enabled",
     "torch.backends.cuda.matmul",
+    "torch.backends.fp32_precision",
     "torch.backends.cuda.matmul.fp32_precision",
     "torch.backends.cudnn.conv",
     "torch.backends.cudnn.conv.fp32_precision",
@@ -102,7 +103,7 @@ def test_figures_are_small_and_have_an_alternative_text(page, html, tutorial):
 
 def test_landing_page_shows_the_measured_figure_and_its_machine(html, pages):
     landing = pages[html / "index.html"]
-    captions = [c.text for c in landing.select("figcaption")]
+    captions = [c.text.strip() for c in landing.select("figcaption")]
     assert captions
     above = landing.select_one(".highlight").find_previous("p").text
     assert captions[-1].startswith(above.partition(" From ")[0]), "the number first"

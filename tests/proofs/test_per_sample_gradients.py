@@ -90,6 +90,19 @@ def test_what_the_formula_does_not_cover_is_refused(layers, embedding):
         losses_and_norms(Sequence(*layers, **embedding), TOKENS, Y)
 
 
+def test_an_input_without_the_batch_is_refused():
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(10, 8), nn.Embedding(7, 8)
+
+        def forward(self, x):
+            return (self.tokens(x) + self.places(torch.arange(7)[None])).mean(1)
+
+    with pytest.raises(TypeError, match="lacks the batch"):
+        losses_and_norms(Places(), TOKENS, Y)
+
+
 def test_attention_of_pytorch_is_silent_with_the_plain_kernel():
     options = {"dropout": 0.0, "batch_first": True}
     model = Sequence(nn.TransformerEncoderLayer(8, 2, 8, **options))

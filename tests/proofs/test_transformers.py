@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PAGE = names_of("uses/plot_transformers", device=torch.device("cpu"))
-Reader, draw, GPT = map(PAGE.get, ["Reader", "draw", "GPT"])
+Reader, draw, Decoder = map(PAGE.get, ["Reader", "draw", "Decoder"])
 close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
 math = sdpa_kernel(SDPBackend.MATH)
 
@@ -54,6 +54,8 @@ def test_causal_masks_and_masks_of_each_model():
     x, causal = torch.randn(3, 4, 6, 8).double(), torch.ones(6, 6).triu(1).bool()
     loop = torch.stack([m(row, causal) for m, row in zip(models, x, strict=True)])
     close(vmap(lambda p, x: call(p, (x, causal)))(params, x), loop)
+    inside = vmap(lambda p, x: call(p, (x, torch.ones(6, 6).triu(1).bool())))
+    close(inside(params, x), loop)
     own = torch.stack([causal, causal.roll(1, 0) & causal, causal & False])
     rows = zip(models, x, own, strict=True)
     loop = torch.stack([m(row, mask, is_causal=False) for m, row, mask in rows])
@@ -101,8 +103,8 @@ def test_eval_mode_with_the_fast_path():
 
 
 def test_the_tokens_are_those_of_each_model_alone():
-    models, params, call = ensemble(lambda: GPT().eval())
-    PAGE["gpt"] = call.args[0]
+    models, params, call = ensemble(lambda: Decoder().eval())
+    PAGE["decoder"] = call.args[0]
     tokens = torch.randint(10, (3, 4, 6))
     longer = PAGE["generate"](params, tokens, 10)
     for model, own, told in zip(models, tokens, longer, strict=True):

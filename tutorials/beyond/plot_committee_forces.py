@@ -9,7 +9,7 @@ on both, and see whether its disagreement tells which configurations to label ne
 one member at one place, by ``grad_and_value`` with ``argnums=1``, map it over places
 and over members by ``vmap``, and train through it by ``backward``. On the test surface
 of this page, labels far apart beat random ones, and the fifteen largest disagreements
-of a pool do not: they lie side by side.
+of a pool, which lie side by side, do not.
 
 Before you start: ``plot_training.py`` explains the stack, its optimizer and the sum of
 the losses.
@@ -205,8 +205,8 @@ ways = {
 # %%
 # - **most disagreement** takes the 15 largest of the whole pool.
 # - **most of 3 %** takes the 15 largest among some 45 rows, drawn at random.
-# - **far apart** takes, one after the other, the row that is farthest from all rows
-#   that have a label or were chosen. It needs no committee.
+# - **far apart** takes, one after the other, the row whose nearest labeled or chosen
+#   row is farthest away. It needs no committee.
 # - **far and disagreeing** does the same with the distance times the disagreement.
 #
 # One stack for all committees
@@ -214,8 +214,8 @@ ways = {
 #
 # The committees of all ways and repeats train together: 240 networks in one stack (48
 # where all ways still have the same labels). In a repeat, all ways begin with the same
-# labels and the same initial weights. The learning rate, the steps and the factor 0.1
-# of the loss were set by hand, alike for all ways.
+# labels and the same initial weights. The learning rate, the steps, the factor 0.1 of
+# the loss and the 3 % were set by hand.
 
 starts, _ = stack_module_state([build().to(device) for _ in range(4 * num_repeats)])
 
@@ -269,7 +269,8 @@ apart = apart.values[..., 15:, 1].mean(dim=(1, 2)).tolist()  # to the nearest la
 # The error is that of the committee's mean force, as a root mean square over 500 other
 # configurations. The ratio of two ways is a geometric mean over 30 and 45 labels and
 # over the repeats. A verdict needs three standard errors (the bracket) over the
-# repeats, which chance alone reaches in about one of a hundred comparisons.
+# repeats, which chance alone reaches in about one of a hundred comparisons; here are
+# five.
 
 
 def compare(way, rival):
@@ -285,6 +286,7 @@ def compare(way, rival):
 
 verdicts = [compare(way, "random") for way in list(ways)[1:]]
 verdicts.append(compare("far and disagreeing", "far apart"))
+verdicts.append(compare("far and disagreeing", "most disagreement"))
 for way, distance in zip(ways, apart, strict=True):
     print(f"{way}: from a choice to the nearest label {distance:.3f} on average")
 
@@ -313,12 +315,12 @@ fig.set_label(
 
 # %%
 # **Where far apart is better than random, no committee was needed to choose.** Where
-# *far and disagreeing* is not better than *far apart*, the disagreement added nothing
-# to the distance. Where *far and disagreeing* is better than random and *most
-# disagreement* is not, the distance makes the difference, because the two ways differ
-# by nothing else. *Most of 3 %* looks at a random part of the pool, whose rows lie
-# farther apart than those of the whole. The last lines printed above show how far from
-# the nearest label each way chooses.
+# *far and disagreeing* is not told from *far apart*, no gain from the disagreement was
+# seen. Where *far and disagreeing* is better than random and *most disagreement* is
+# worse, the distance makes the difference, because the two ways differ by nothing else.
+# *Most of 3 %* thins the pool first: where it is better than random at a like distance,
+# the disagreement itself helped. The last lines printed above show how far a choice
+# lies, in the end, from the nearest other label.
 #
 # All this is about one surface of two coordinates, about pools and test places that
 # cover it evenly, and about 15 labels at a time. On organic molecules, labels chosen by
@@ -361,9 +363,9 @@ slope, _ = grad_and_value(energy)(member, x_test[0])
 print(f"without argnums=1: slopes by {', '.join(slope)}")
 
 # %%
-# To leave out ``argnums=1`` raises no error: the slope is then that by the weights. Nor
-# does the wrong order of the two ``vmap``, which gives ``[15, 4]`` and ``[15, 4, 2]``
-# (tested).
+# Without ``argnums=1`` the slope is that by the weights, a dictionary: in
+# ``energy_and_force``, only the minus raises an error. Nor does the wrong order of the
+# two ``vmap``, which gives ``[15, 4]`` and ``[15, 4, 2]`` (tested).
 #
 # Remember
 # --------
@@ -385,10 +387,10 @@ print(f"without argnums=1: slopes by {', '.join(slope)}")
 # - K. Müller and L. D. Brown: Location of saddle points and minimum energy paths, 1979,
 #   `doi:10.1007/BF00547608 <https://doi.org/10.1007/BF00547608>`_.
 # - C. Schran, K. Brezina, O. Marsalek: Committee neural network potentials control
-#   generalization errors and enable active learning, 2020,
-#   `doi:10.1063/5.0016004 <https://doi.org/10.1063/5.0016004>`_.
+#   generalization errors and enable active learning, 2020, `doi:10.1063/5.0016004
+#   <https://doi.org/10.1063/5.0016004>`_.
 # - J. S. Smith and others: Less is more: sampling chemical space with active learning,
 #   2018, `doi:10.1063/1.5023802 <https://doi.org/10.1063/1.5023802>`_.
 # - O. Sener and S. Savarese: Active learning for convolutional neural networks, a
-#   core-set approach, 2018, `arXiv:1708.00489 <https://arxiv.org/abs/1708.00489>`_:
-#   the farthest first.
+#   core-set approach, 2018, `arXiv:1708.00489 <https://arxiv.org/abs/1708.00489>`_: the
+#   farthest first.

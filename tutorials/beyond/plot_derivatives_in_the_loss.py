@@ -90,7 +90,8 @@ print(f"{disagreement.min():.2f} to {disagreement.max():.2f}")
 # -------------------------------------
 #
 # The loop takes the points of one model at once: in the gradient of a *sum* over
-# points, each point has its own row. ``create_graph=True`` lets the loss go through.
+# points, each point has its own row. ``create_graph=True`` lets ``backward`` of the
+# loss go through it.
 
 
 def by_sums(f, x):
@@ -215,9 +216,11 @@ for inputs in 1, 8:
 
 # %%
 # The first time is a median of at least seven turns, warm. The others are that median
-# divided by the median ratio, which stands behind them with its 95 % interval. The sums
-# go backward once for each input, one after the other; ``jacrev`` sends all of them
-# through one call. So try the sums if you have few inputs.
+# divided by the median ratio, in brackets its 95 % interval. *No difference seen* means
+# that the interval comes within 2 percent of 1 or holds it: undecided, not equal. The
+# sums go backward once for each input, one after the other; ``jacrev`` sends all of
+# them through one call. So the sums may pay with few inputs; the last lines say whether
+# they did here.
 #
 # Train PINNs
 # -----------
@@ -225,9 +228,9 @@ for inputs in 1, 8:
 # A PINN learns the solution of an equation from the equation: its loss is the residual
 # at random points, and the initial conditions. Here it is a damped oscillator from 0 to
 # 1, in which :math:`u'' + 2\gamma u' + \omega^2 u = 0` with :math:`\gamma = 2`,
-# :math:`u(0) = 1` and :math:`u'(0) = 0`. Half of the 40 members have
-# :math:`\omega = 6`, half 12: ``omega`` is an argument with a value for each member.
-# All start from weights of their own and draw their own points.
+# :math:`u(0) = 1` and :math:`u'(0) = 0`. Half of the 40 members have :math:`\omega =
+# 6`, half 12: ``omega`` is an argument with a value for each member. All start from
+# weights of their own and draw their own points.
 
 damping, frequencies, num_steps = 2.0, (6.0, 12.0), 400
 
@@ -267,9 +270,9 @@ print("a curve that is 0 everywhere has a loss of 1")
 # ---------------------------------------------
 #
 # The solutions of these equations are known. The members of each :math:`\omega` make
-# four committees of five; if a committee's spread told its error, two standard
-# deviations, two spreads, would hold the solution at most times. The last rows say at
-# which share of the times they do.
+# four committees of five; if the spread (the standard deviation of the members) told
+# the error, the solution would lie within two spreads of the mean at most times. The
+# rows *within 2 spreads* give the share of times at which it does.
 
 
 def solution(omega, t):
@@ -290,7 +293,8 @@ rms_error, rms_spread = (v.square().mean(dim=2).sqrt() for v in (error, spread))
 fooled = (rms_error > 2 * rms_spread).sum()
 print(f"in {fooled} of 8 committees the error is more than two spreads")
 for omega, *rows in zip(frequencies, rms_error, rms_spread, held, strict=True):
-    print(f"omega {omega:.0f}, committees 0 to 3:")
+    size = solution(omega, times).square().mean().sqrt()
+    print(f"omega {omega:.0f}, a solution of size {size:.2f}, committees 0 to 3:")
     for what, row in zip(["error", "spread", "within 2 spreads"], rows, strict=True):
         print(f"  {what:16}", *[f"{value:.3f}" for value in row.tolist()])
 
@@ -313,13 +317,14 @@ fig.set_label(
 )
 
 # %%
-# **Members that make the same mistake agree on it.** They share equation, architecture,
-# optimizer and schedule; their spread shows what differs among them, which is the
-# initial weights and the points. So compare a PINN with a solver or with measurements
-# at a setting where you have them. Train longer, by ``num_steps``, and the table says
-# whether the members become right or only agree more. Krishnapriyan and others describe
-# failures of PINNs and propose two ways to train against them: from easy settings to
-# hard ones, and one span of time after the other.
+# **Members that make the same mistake agree on it**, here perhaps because the training
+# is too short for all. They share equation, architecture, optimizer and schedule; their
+# spread shows what differs among them, which is the initial weights and the points. So
+# compare a PINN with a solver or with measurements at a setting where you have them.
+# Train longer, by ``num_steps``, and the table says whether the members become right or
+# only agree more. Krishnapriyan and others describe failures of PINNs and propose two
+# ways to train against them: from easy settings to hard ones, and one span of time
+# after the other.
 #
 # The mistake: ReLU
 # -----------------

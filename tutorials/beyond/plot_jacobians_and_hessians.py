@@ -103,8 +103,8 @@ for way, result in results.items():
 #
 #     \frac{\text{time of jacrev}}{\text{time of jacfwd}} \approx \frac{m}{n},
 #
-# and they would draw level at ``m = n``. The count leaves out what it costs to call the
-# operators, and ``jacfwd`` calls more of them (tested).
+# and they would draw level at ``m = n``. The count leaves out how well the hardware is
+# used, and the calls of operators: ``jacfwd`` makes more (tested).
 
 
 def in_turns(*ways, seconds=1.0):
@@ -188,10 +188,10 @@ fig.set_label(
 )
 
 # %%
-# **Take jacrev up to the first border that the run prints; from the second on, where it
-# prints one, take jacfwd.** Borders may differ between networks: near them, measure
-# your own function. If memory runs out, ``jacrev`` can split its work by
-# ``chunk_size``.
+# **Near 64 inputs, take jacrev up to the first number in the line of your width, and
+# jacfwd from the second on, if there is one.** Borders may differ between networks:
+# near them, measure your own function. If memory runs out, ``jacrev`` can split its
+# work by ``chunk_size``.
 #
 # A loss has one output and many parameters, so take ``jacrev`` or ``grad``.
 #
@@ -240,10 +240,10 @@ print(f"losses of {num_models} members: {low:.2f} to {high:.2f}")
 # How sharp is each member's loss?
 # --------------------------------
 #
-# *Sharpness* is the largest eigenvalue of the Hessian, the curvature in the steepest
-# direction. Power iteration finds it by products alone: multiply a vector by the
-# Hessian again and again. The place stays the same, so go forward once, and keep the
-# function that ``vjp`` returns.
+# *Sharpness* is the largest eigenvalue of the Hessian: the greatest curvature in any
+# direction. Power iteration finds the one largest by size by products alone: multiply a
+# vector by the Hessian again and again. The place stays the same, so go forward once,
+# and keep the function that ``vjp`` returns.
 
 
 def sharpness(theta, steps=100):
@@ -286,9 +286,9 @@ for i in range(num_models):
 # A full Hessian has 226 columns, and its size is the square of the parameters: in
 # float32 0.2 MB here, 4 TB for a million. ``jvp`` of ``grad`` is the product forward
 # over backward, which PyTorch's tutorial writes. ``linearize`` traces that product once
-# and returns a function, as ``vjp`` does. It fails inside ``vmap``, so put ``vmap``
-# inside of it; for a gradient call it under ``no_grad`` if the weights require
-# gradients (tested).
+# into a function; the run prints for how many products' time. It fails inside ``vmap``,
+# so put ``vmap`` inside of it; if the weights require gradients, call it under
+# ``no_grad`` (tested).
 
 x, y, theta, v = (t.to(device, torch.float32) for t in (x, y, theta, v))
 slopes = vmap(grad(member_loss))
@@ -322,16 +322,17 @@ print(f"a Hessian by jacfwd(jacrev) about {first[1] / first[0]:.0f}, of 226 colu
 
 # %%
 # In each group, the first time is a median of at least seven turns, warm; the others
-# are that median divided by the median ratio, which stands behind them with its 95 %
-# interval. **If you need fewer products at one place than a Hessian costs, take
-# products**: for the sharpness by power iteration, or for the trace by the mean of
-# ``v @ hvp(f, x, v)`` over random signs ``v`` (Hutchinson; tested). A kept ``vjp``
-# holds the tensors of its forward pass as long as the function exists.
+# follow from the median ratio to it, whose 95 % interval stands behind them. **If you
+# need fewer products at one place than a Hessian costs, take products**: for the
+# sharpness by power iteration, or for the trace by the mean of ``v @ hvp(f, x, v)``
+# over random signs ``v`` (Hutchinson; tested). A kept ``vjp`` holds the tensors of its
+# forward pass as long as the function exists.
 #
 # The mistake: ``jvp`` of ``grad`` through every loss
 # ---------------------------------------------------
 #
-# The loss above squares by itself. With ``F.mse_loss``, ``jvp`` of ``grad`` fails:
+# The loss above squares by itself. With the mean of ``F.mse_loss``, ``jvp`` of ``grad``
+# fails:
 
 
 def with_mean(theta):
@@ -348,11 +349,11 @@ print(f"vjp of grad: within {off:.0e} of the product above")
 
 # %%
 # The message names no operator (`pytorch#123996
-# <https://github.com/pytorch/pytorch/issues/123996>`_). Other losses, such as
-# ``F.huber_loss``, have no rule for it, and say so. Without ``vmap``, ``linearize`` of
-# the gradient of ``F.mse_loss`` ends the process with a segmentation fault (tested,
-# torch 2.11 and 2.13). Go backward twice, or write the loss another way.
-# ``jacfwd(jacrev(loss))`` takes both losses as they are (tested).
+# <https://github.com/pytorch/pytorch/issues/123996>`_). ``F.huber_loss`` has no rule
+# for it, and says so. Without ``vmap``, ``linearize`` of the gradient of ``F.mse_loss``
+# ends the process with a segmentation fault (tested, torch 2.11 and 2.13). Go backward
+# twice, or write the loss another way. ``jacfwd(jacrev(loss))`` takes both losses as
+# they are (tested).
 #
 # Remember
 # --------

@@ -6,10 +6,10 @@ Compute the gradient of the loss for each sample of a batch with one call of
 ``torch.func.vmap``, also for embeddings and attention, and clip each by its own norm.
 
 **In short.** Write the loss of *one* sample as a function of the parameters;
-``vmap(grad(loss), in_dims=(None, None, 0, 0))`` returns a gradient for each sample.
-All of them together hold samples x parameters numbers. If you need only their norms,
-return norms and set ``chunk_size``. Where all parameters are in linear layers,
-embeddings and layer norms, two ordinary backward passes clip.
+``vmap(grad(loss), in_dims=(None, None, 0, 0))`` returns a gradient for each sample. All
+of them together hold samples x parameters numbers. If you need only their norms, return
+norms and set ``chunk_size``. Where each parameter is in one call of a linear layer, an
+embedding or a layer norm (not ``nn.MultiheadAttention``), two backward passes clip.
 
 **Before you start**, know the `PyTorch basics
 <https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`_.
@@ -120,12 +120,13 @@ x_cpu, y_cpu = x.cpu(), y.cpu()
 params64 = {name: p.detach() for name, p in model64.named_parameters()}
 gradients64 = every_gradient(params64, {}, x_cpu, y_cpu)
 
-off = 0.0
+apart = []
 for i in range(16):
     model64.zero_grad()
     F.cross_entropy(model64(x_cpu[i : i + 1]), y_cpu[i : i + 1]).backward()
     for key, p in model64.named_parameters():
-        off = max(off, (gradients64[key][i] - p.grad).abs().max().item())
+        apart.append((gradients64[key][i] - p.grad).abs().max())
+off = torch.stack(apart).max().item()  # a nan stays one
 assert off < 1e-10, f"vmap does not compute the gradients of the loop: {off:.0e} apart"
 print(f"16 samples, vmap and loop: at most {off:.0e} apart in float64")
 
@@ -134,7 +135,8 @@ print(f"16 samples, vmap and loop: at most {off:.0e} apart in float64")
 # --------------------------------
 #
 # ``clip_grad_norm_`` bounds the gradient of the *batch*. To bound what a single sample
-# can do to a step, clip each gradient by its norm over all parameters, then average:
+# adds to the mean gradient, clip each gradient by its norm over all parameters, then
+# average:
 
 
 def clipped_mean(gradients, max_norm):
@@ -211,9 +213,10 @@ print(list(norms.shape))
 #
 #     \sum_{s,t} (a_s \cdot a_t) (\delta_s \cdot \delta_t).
 #
-# **One ordinary backward pass of the batch** has all :math:`a` and :math:`\delta`. An
-# embedding is a linear layer of one-hot vectors: :math:`a_s \cdot a_t` is 1 for equal
-# tokens, otherwise 0. A layer norm has so few parameters that its gradient is formed.
+# **One pass of the batch**, forward for all :math:`a` and backward for all
+# :math:`\delta`, is enough. An embedding is a linear layer of one-hot vectors:
+# :math:`a_s \cdot a_t` is 1 for equal tokens, otherwise 0. A layer norm has so few
+# parameters that its gradient is formed.
 
 
 def squares_of(layer, a, d):
@@ -231,7 +234,8 @@ def squares_of(layer, a, d):
 # %%
 # Hooks collect each :math:`a`, and the place of the output in the graph. All tensors
 # must have the batch as their first dimension. A trainable parameter without a formula,
-# or in two calls, such as one that two layers share, is refused (tested).
+# or in two calls of layers, is refused, and so is an input without the batch (tested).
+# Other uses, such as ``F.linear(x, layer.weight)``, are not seen.
 
 
 def has_formula(layer):
@@ -257,6 +261,8 @@ def losses_and_norms(model, x, y):
     covered = [id(p) for layer, *_ in calls for p in layer.parameters()]
     if sorted(covered) != sorted(id(p) for p in model.parameters() if p.requires_grad):
         raise TypeError("not every trainable parameter is in one call with a formula")
+    if any(len(a) != len(x) for _, a, _ in calls):
+        raise TypeError("a layer's input lacks the batch as its first dimension")
     edges = [edge for *_, edge in calls]
     deltas = torch.autograd.grad(losses.sum(), edges, retain_graph=True)
     pairs = zip(calls, deltas, strict=True)
@@ -265,8 +271,8 @@ def losses_and_norms(model, x, y):
 
 
 # %%
-# A second backward pass clips ("ghost clipping"): weight each loss by its factor, which
-# is a constant.
+# A second backward pass clips ("ghost clipping"): each loss times its constant factor.
+# Here: the first batch, with the weights before training.
 
 losses, norms64 = losses_and_norms(model64, x_cpu, y_cpu)
 factors = (max_norm / norms64.clamp(min=1e-12)).clamp(max=1)
@@ -275,7 +281,7 @@ model64.zero_grad()
 
 mean64, _ = clipped_mean(gradients64, max_norm)
 apart = [(p.grad - mean64[k]).abs().max() for k, p in model64.named_parameters()]
-off = max(apart).item()
+off = torch.stack(apart).max().item()
 assert off < 1e-10, f"clipping by formula and of each gradient: {off:.0e} apart"
 clipped = (factors < 1).sum()
 print(f"{clipped} of 128 clipped: formula and vmap are {off:.0e} apart in float64")
@@ -288,8 +294,8 @@ print(f"{clipped} of 128 clipped: formula and vmap are {off:.0e} apart in float6
 # -------------
 #
 # The norms of 128 samples, warm, in float32: the first time is a median of at least
-# seven turns; the others are that, divided by the ratio beside them, whose interval
-# stands in brackets.
+# seven turns; the others follow from the median ratio to it, whose interval stands in
+# brackets.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -351,9 +357,9 @@ for way, held, t in zip(names, [128, *chunks, 0, 1], times, strict=True):
 # %%
 # "Gradients" are those that exist at once, without the layer norm's in the formula. The
 # peak of ``vmap`` is up to twice as high; that of the formula, which holds activations
-# and tables, is between those of chunks of 16 and of 64 (tested on a CPU). **Where no
-# chunk is faster**, split only when memory runs out. Where one is, it saves time and
-# memory. Where the formula is slower, its tables are probably too large.
+# and tables, is between those of chunks of 16 and of 64 (tested on a CPU). **A chunk
+# that is not slower saves memory at no cost**; take a slower one only when memory runs
+# out.
 #
 # The mistake: batch norm
 # -----------------------
@@ -392,9 +398,9 @@ except ValueError as error:
 #
 # - PyTorch: `Per-sample gradients
 #   <https://docs.pytorch.org/tutorials/intermediate/per_sample_grads.html>`_.
-# - M. Abadi et al.: Deep learning with differential privacy, 2016,
-#   `arXiv:1607.00133 <https://arxiv.org/abs/1607.00133>`_.
-# - I. Goodfellow: Efficient per-example gradient computations, 2015,
-#   `arXiv:1510.01799 <https://arxiv.org/abs/1510.01799>`_: the formula of one position.
+# - M. Abadi et al.: Deep learning with differential privacy, 2016, `arXiv:1607.00133
+#   <https://arxiv.org/abs/1607.00133>`_.
+# - I. Goodfellow: Efficient per-example gradient computations, 2015, `arXiv:1510.01799
+#   <https://arxiv.org/abs/1510.01799>`_: the formula of one position.
 # - X. Li et al., 2021, `arXiv:2110.05679 <https://arxiv.org/abs/2110.05679>`_: ghost
 #   clipping of sequences.

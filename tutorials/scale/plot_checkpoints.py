@@ -4,7 +4,7 @@ Checkpoints for any number of processes
 
 Save an ensemble that trains in several processes, load it with another number of them,
 and let a training without dropout whose process was killed end as if nothing had
-happened.
+happened, up to rounding.
 
 **In short.** Tell ``torch.distributed.checkpoint``, by ``DTensor.from_local``, which
 rows of the whole stack a process holds; then any number of processes finds its members
@@ -44,7 +44,7 @@ from torch.func import functional_call, stack_module_state, vmap
 # Save and load the members of all processes
 # ------------------------------------------
 #
-# ``params`` is the stack of a process's own members, ``optimizer`` a stock one on it,
+# ``params`` is the stack of a process's own members, ``optimizer`` an Adam on it,
 # ``num_models`` counts the members of all processes:
 
 
@@ -97,19 +97,20 @@ def load_latest(params, optimizer, num_models, folder):
 
 
 # %%
-# ``dcp.save`` returns when all processes have written (tested). So **a folder named by
-# a number is complete**. (In torch 2.13 the file ``.metadata`` comes last; that is a
-# detail of its implementation.) Split by ``share``: another split, as the 3, 3, 2, 2
-# of ``tensor_split``, would be saved without an error, and could not be loaded by
-# another number of processes, so ``declare`` refuses it (tested).
+# ``dcp.save`` returns when all processes have written (tested). So, on a file system
+# that all share, **a folder named by a number is complete**. (In torch 2.13 the file
+# ``.metadata`` comes last; that is a detail of its implementation.) Split by ``share``:
+# another split, as the 3, 3, 2, 2 that ``tensor_split`` makes of 10, would be saved
+# without an error, and could not be loaded by another number of processes, so
+# ``declare`` refuses it (tested).
 #
 # Members and their training
 # --------------------------
 #
-# The rest of ``train.py``, as in ``plot_many_devices.py``: a minibatch is a function
-# of member and step, so no state of a random generator is saved. (Dropout has one: it
-# goes on with other masks.) Add batch-norm buffers to ``tensors``, and compute a
-# learning rate that changes from the step.
+# The rest of ``train.py``, as in ``plot_many_devices.py``: a minibatch is a function of
+# member and step, so no state of a random generator is saved. (Dropout has one: it goes
+# on with other masks.) Add batch-norm buffers to ``tensors``, and compute a learning
+# rate that changes from the step.
 
 
 def minibatch(member, step):
@@ -194,7 +195,7 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 # %%
 # Copy these cells into ``train.py``, or download this page as a script, which ends here
 # under torchrun (tested). Start it, and after a death again, with any number of
-# processes:
+# processes that leaves none without members (8 fit 1 to 4, or 8):
 #
 # .. code-block:: none
 #
@@ -342,15 +343,16 @@ fig.set_label(
 
 # %%
 # **The number of processes may change, the members do not.** A death costs the steps
-# since the last complete checkpoint (tested: 5 and 8 members, 1 to 4 processes, a death
-# while writing).
+# since the last complete checkpoint (tested: other numbers of processes with 5 and 8
+# members; a death while writing with 4).
 #
 # Let torchrun restart it?
 # ------------------------
 #
 # With ``--max-restarts`` it does, but in torch 2.13 that may fail or hang, probably as
 # new processes connect through the store of the dead ones (pytorch#135712). Start the
-# job again, as this page does, or set a variable first (tested):
+# job again, as this page does, or set a variable first (tested; torchrun may abort at
+# its end, after the last checkpoint):
 #
 # .. code-block:: none
 #
@@ -383,12 +385,12 @@ with tempfile.TemporaryDirectory() as folder:
 for name, p in begin(range(num_models), "cpu")[0].items():
     distinct = len(torch.cat([rows[name] for rows in loaded]).unique(dim=0))
     of = [torch.equal(loaded[0][name], part) for part in p.chunk(2)].index(True)
-    print(f"{name:8}: {num_models} members saved, {distinct} loaded, of process {of}")
+    print(f"{name:8}: {num_models} members given, {distinct} saved, of process {of}")
 
 # %%
 # There is no error. A plain tensor counts as the *same* in all processes: one of them
-# saves it, and all get that. **If not all names come from one process, the weights
-# of one member meet the biases of another.** Declare the rows, or name those of each
+# saves it, and all get that. **If not all names come from one process, the weights of
+# one member meet the biases of another.** Declare the rows, or name those of each
 # member (``"member3.0.weight"``): many small entries, but no ``DTensor``, and any split
 # loads them (tested).
 #

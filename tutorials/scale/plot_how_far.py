@@ -2,13 +2,14 @@
 How much memory and time many models need
 =========================================
 
-Plan the training of thousands of small models from a small run: how many to train in
-one ``torch.func.vmap`` call, how much memory that takes, and how long all of them take.
+Plan the training of thousands of small models from a small run: which of the sizes you
+measured to train in one ``torch.func.vmap`` call, how much memory that takes, and how
+long all of them take.
 
-**In short.** Measure a training step with 1, 10 and 100 models in one call. Train all
-others in groups of a size that you measured, one group after the other: the memory is
-that of one group, and the time is that of a group, times the number of groups. Then
-check the plan on a job that is longer than the small run, and drop it if it fails.
+**In short.** Measure a training step with 1, 10, 100 and more models in one call. Train
+all in groups of a size that you measured, one group after the other: the memory is that
+of one group, and the time is that of a group, times the number of groups. Then check
+the plan on a job that is longer than the small run, and drop it if it fails.
 
 **Before you start**, read ``plot_memory.py``: it trains an ensemble in groups.
 """
@@ -72,8 +73,8 @@ def plan(num_models, num_steps, measured, budget):
 # ----------------------------------
 #
 # Put yours here. One model alone is an ordinary module with an optimizer of its own; a
-# group has stacked parameters, one optimizer and one backward pass. Each model has a
-# minibatch of its own.
+# group has stacked parameters, one optimizer and one backward pass. Each model has one
+# minibatch of its own, for all steps: draw yours inside ``step``.
 
 
 def make_model():
@@ -132,7 +133,7 @@ def begin(size, device=device):
 
 
 # %%
-# A plan must not change what is trained. The second of three models, in the group and
+# A group must not change what is trained. The second of three models, in the group and
 # alone, in float64 on the CPU:
 
 params, x, y = draw(3, dtype=torch.float64, device="cpu")
@@ -151,10 +152,11 @@ print(f"after ten steps, at most {off:.0e} apart")
 # -------------
 #
 # The sizes take turns, five of ten steps each, after two steps to warm up. The plan
-# gets the mean of the 50 steps, because a long job also pays for the slow ones. Memory
-# is the peak of all tensors in two steps, read from PyTorch's profiler on the CPU. What
-# a library takes by itself is not seen. On CUDA,
-# ``torch.cuda.max_memory_allocated()`` tells the peak of the device.
+# gets the mean of the 50 steps, because a long job also pays for the slow ones. Taking
+# turns may cost more than a job of one size does. Memory is the peak of all tensors in
+# two steps, read from PyTorch's profiler on the CPU. What a library takes by itself is
+# not seen. On CUDA, the table is still of the CPU, and
+# ``torch.cuda.max_memory_reserved()`` tells what PyTorch took.
 
 
 def train(size, num_steps, device=device):
@@ -212,8 +214,7 @@ for size, turn in zip(sizes, turns.T, strict=True):
 #
 # The job starts every group anew and trains it to its end; you would save it then. The
 # memory that one call of all models would need is projected along a line from two
-# sizes, and measured. A plan holds if time is within a quarter and memory within a
-# tenth.
+# sizes, and measured. A plan holds within a factor of 1.25 in time and 1.1 in memory.
 
 
 def rounded(number):
@@ -245,8 +246,8 @@ print(f"the job was {rounded(took / small_run)} times as long as the small run")
 
 # %%
 # If the time fails, compare the turns: where they differ as much, other programs were
-# probably running. Then time ``begin``, which the plan leaves out. If the memory fails,
-# measure nearer to the size that you want.
+# probably running. Then time what the plan leaves out: ``begin``, new minibatches,
+# saving. If the memory fails, measure nearer to the size that you want.
 #
 # **No check, no projection.** A million models, or 10,000 steps, are more of the same
 # groups, but this run has not checked them. Compare the first hundredth of such a job
@@ -281,7 +282,7 @@ fig.set_label(
 
 # %%
 # If one model times their number comes close to the job, a loop does as well as groups:
-# the plan then says groups of 1, or nearly the same time for them.
+# the plan then says groups of 1, or saves little time.
 #
 # Remember
 # --------

@@ -138,13 +138,14 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 #
 # .. code-block:: none
 #
-#    RANK=0 WORLD_SIZE=4 python train.py
+#    CUDA_VISIBLE_DEVICES=0 RANK=0 WORLD_SIZE=4 python train.py
 #
-# Process 0 leaves its members in ``0.pt``; ``torch.cat`` joins the stacks of all files.
-# **No member is lost or doubled** where the processes do not divide them: 91 members in
-# 4 processes are 23, 23, 23 and 22. Each process needs a member: 5 in 4 processes are
-# 2, 2, 1 and none, so the last one raises an error (tested). PyTorch's ``Shard(0)``, by
-# which ``plot_checkpoints.py`` saves, splits like this.
+# Process 0 leaves its members in ``0.pt``; ``torch.cat`` joins the stacks of all files,
+# in order of rank, in a folder that was empty before. **No member is lost or doubled**
+# where the processes do not divide them: 91 members in 4 processes are 23, 23, 23 and
+# 22. Each process needs a member: 5 in 4 processes are 2, 2, 1 and none, so the last
+# one raises an error (tested). PyTorch's ``Shard(0)``, by which ``plot_checkpoints.py``
+# saves, splits like this.
 #
 # When processes need a group
 # ---------------------------
@@ -152,7 +153,7 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 # They need one to exchange tensors while they run. If members stay on their devices,
 # the ensemble's probabilities are a sum over processes. If there are fewer members than
 # devices, each process may hold all members and take a part of the rows of each
-# minibatch; then **you average the gradients by hand**. Add to ``train.py``:
+# minibatch; then **gradients are averaged**, here by hand. Add to ``train.py``:
 
 
 def join(device):
@@ -200,8 +201,7 @@ def work_in_group(num_models, num_steps, device, dtype=torch.float32):
 # -----------------------
 #
 # It writes the functions into a ``train.py``, starts torchrun, and reads what processes
-# leave. An interrupt ends torchrun by ``terminate``, since ``kill`` would leave the
-# processes running (tested).
+# leave. An interrupt ends torchrun by ``terminate``, and no process is left (tested).
 
 imports = """
 import os, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
@@ -262,7 +262,7 @@ for way, weights in zip(["unwrapped", "wrapped"], pairs, strict=True):
     print(f"{way}: 2 members, {len(torch.stack(weights).unique(dim=0))} distinct")
 
 # %%
-# There is no warning. The wrapper sends the weights of process 0 to all, and averages
+# There is no error. The wrapper sends the weights of process 0 to all, and averages
 # gradients in each step: **several processes train one model**.
 #
 # The same members for any number of processes
@@ -288,10 +288,11 @@ print(f"their ensemble predicts what that of 1 does, within {off:.0e}")
 
 # %%
 # **The number of processes is no property of the ensemble.** Tested are 1 to 4
-# processes with 5, 7 and 8 members. In float32 a difference in last bits can grow with
-# every step, until you have *other* members (``plot_how_equal.py``). Dropout makes
-# others, too: one generator draws the masks of all members of a process. With split
-# rows, batch norm sees those of its own process only.
+# processes for members, and 1, 2 and 4 for rows, which divide 32. In float32 a
+# difference in last bits can grow with every step, until you have *other* members
+# (``plot_how_equal.py``). Dropout makes others, too: one generator draws the masks of
+# all members of a process. With split rows, batch norm sees those of its own process
+# only.
 #
 # What is communicated?
 # ---------------------
@@ -381,8 +382,8 @@ fig.set_label(
 # The first time is the median of 15 turns, after one to warm up. The others are that
 # median divided by the median ratio to it, which stands behind with its 95 % interval.
 # **Start several processes where a row with several says faster**. Their start is not
-# timed. Where the line leaves the dashed one before the devices run out, members
-# are probably too few and too small, or memory is the limit.
+# timed. Where the line leaves the dashed one before the devices run out, members are
+# probably too few and too small, or memory is the limit.
 #
 # Remember
 # --------

@@ -6,10 +6,10 @@ Decide how many members your ensemble needs, and how wide each should be: compar
 of 1 to 8 small networks of three widths by likelihood, error, Brier score and
 calibration, each with a learning rate and a temperature of its own.
 
-**In short.** At a fixed learning rate and without a temperature, the second member buys
-half of what any number of members can gain in Brier score, and the first five buy four
-fifths. Before you pay for them, compare with wider networks of as many parameters in
-total: the run prints which are better here.
+**In short.** At one learning rate and without a temperature, a team of M members leaves
+1/M of what members can gain in Brier score, so the second buys half of it. Before you
+pay for more, compare with wider networks of as many parameters in total, each at its
+own rate and temperature: the run prints which are better here.
 
 Before: ``plot_training.py`` explains the training loop.
 """
@@ -66,8 +66,9 @@ def cool(logits, val_logits, val_labels):
 
 # %%
 # ``team, _ = cool(mean_of(test[:5]), mean_of(val[:5]), y_val)`` makes a team of your
-# first five members, and ``nll(team, y_test)`` is its loss: further members pay for as
-# long as it falls. Three other scores, called like ``nll``:
+# first five members, and ``nll(team, y_test)`` is its loss. Choose the size on
+# validation images: stop where one more member gains less than it costs. Three other
+# scores, called like ``nll``:
 
 
 def error(logits, labels):
@@ -95,8 +96,8 @@ def calibration_error(logits, labels, num_bins=15):
 # ------------------
 #
 # 5,000 images of MNIST at 9 by 9 pixels (all: ``torchvision.datasets.MNIST``) in five
-# folds: each image is tested once. One network of width 64 has about as many
-# parameters as four of width 16, one of width 256 as four of 64.
+# folds: each image is tested once. One network of width 64 has about as many parameters
+# as four of width 16, one of width 256 as four of 64.
 
 num_folds, num_steps = 5, 320
 networks = {16: 8, 64: 8, 256: 2}  # in each fold, by width
@@ -231,9 +232,9 @@ fig.set_label(
 #
 # Points above each other have about as many parameters in total, and multiplications
 # for an image. Which differences are real? Pair teams fold by fold. Folds share
-# training images, so the standard error is that of Nadeau and Bengio (2003), which adds
-# the ratio of test to training images. With five folds, 95 % of Student's t are within
-# 2.8 of it.
+# training images, so the standard error is that of Nadeau and Bengio (2003) for random
+# splits: 1/5 plus the ratio of test to training images, under the root. At 95 %, a
+# difference counts beyond 2.8 of them.
 
 
 def compare(one, other):
@@ -259,12 +260,12 @@ words += [compare((64, size), (256, size // 4)) for size in (4, 8)]
 print("members in place of width:", ", ".join(words))
 
 # %%
-# The last line goes through the figure from left to right. **Pay for members where it
-# says "better":** Lobacheva (2020) found that several medium networks can beat a large
-# one with as many parameters. Where it says "worse", take the wider network. Abe (2022)
-# found that one larger network can replicate what an ensemble gains: "no difference
-# seen" agrees with that, and does not prove it. At 95 %, chance may well decide one of
-# these 22 verdicts.
+# The last line goes through the figure from left to right. **"Better" is a case for
+# members, once other seeds agree (below, one did not):** Lobacheva (2020) found that
+# several medium networks can beat a large one with as many parameters. Where it says
+# "worse", take the wider network. Abe (2022) found that one larger network can
+# replicate what an ensemble gains: "no difference seen" agrees with that, and does not
+# prove it. At 95 %, chance may well decide one of these 22 verdicts.
 #
 # How many members is a wider network worth?
 # ------------------------------------------
@@ -288,8 +289,8 @@ for wide, width in [(64, 16), (256, 64)]:
 # Other scores of the same teams
 # ------------------------------
 #
-# The expected calibration error (ECE) has a floor: that of labels which are drawn from
-# the predicted probabilities.
+# Even perfect calibration has an expected calibration error (ECE) above 0: about that
+# of labels drawn from the predicted probabilities ("floor").
 
 for (width, size), team in teams.items():
     drawn = torch.multinomial(team.softmax(dim=-1).flatten(0, 2), 1)
@@ -323,26 +324,26 @@ for way, cooled in [("as trained", False), ("after a temperature", True)]:
 
 # %%
 # Where the first share is well below 100 % and the second is near it, **members average
-# overconfidence away, which a temperature does for one network, too**. What they gain
-# beyond that, they gain on images that they have seen as well as on others. Where the
-# second share is well below 100 %, too, members average overfitting away.
+# overconfidence away: a temperature takes some from one network, too, and sharpens the
+# team**. What they gain beyond that, they gain on images that they have seen as well as
+# on others. Where the second share is well below 100 %, too, members average
+# overfitting away.
 #
 # Cheaper relatives
 # -----------------
 #
-# One training can also give snapshots (`Huang 2017 <https://arxiv.org/abs/1704.00109>`_),
-# passes with dropout (`Gal 2015 <https://arxiv.org/abs/1506.02142>`_) or samples around
-# averaged weights (SWAG, `Maddox 2019 <https://arxiv.org/abs/1902.02476>`_). Ashukha
-# (2020) found many such ways equivalent to very few members. In trials (MNIST, width
-# 64, not shown), five snapshots had a lower loss than five members after short training
-# (0.21 against 0.25, six seeds), and a higher one after long training (0.23 against
-# 0.20, four seeds). A temperature then brought snapshots, dropout and SWAG within 0.01
-# of them: **the length of training turned the verdict, temperatures took most of it.**
+# One training can also give snapshots (`Huang 2017
+# <https://arxiv.org/abs/1704.00109>`_), passes with dropout (`Gal 2015
+# <https://arxiv.org/abs/1506.02142>`_) or samples around averaged weights (SWAG,
+# `Maddox 2019 <https://arxiv.org/abs/1902.02476>`_). Ashukha (2020) found many such
+# ways equivalent to very few members. The length of training and a temperature can turn
+# such a comparison, so tune both.
 #
 # The mistake: votes for probabilities
 # ------------------------------------
 #
-# Three ways to combine 8 networks, each with its own rate and temperature:
+# Three ways to combine 8 networks (a vote's loss is infinite, so it takes the lowest
+# rate):
 
 
 def mean_of_logits(logits):
@@ -359,7 +360,7 @@ for combine in (mean_of, mean_of_logits, vote):
     print(f"{combine.__name__:14} error {wrong:.2f} %, nll {loss:.4f}")
 
 # %%
-# **A vote is no probability**: a class without a vote has probability zero, and one
+# **Votes are poor probabilities**: a class without one has probability zero, and one
 # image of it makes the negative log likelihood infinite.
 #
 # Remember
@@ -376,10 +377,8 @@ for combine in (mean_of, mean_of_logits, vote):
 # References
 # ----------
 #
-# - Lobacheva and others (2020), `arXiv:2007.08483
-#   <https://arxiv.org/abs/2007.08483>`_.
-# - Ashukha and others (2020), `arXiv:2002.06470
-#   <https://arxiv.org/abs/2002.06470>`_.
+# - Lobacheva and others (2020), `arXiv:2007.08483 <https://arxiv.org/abs/2007.08483>`_.
+# - Ashukha and others (2020), `arXiv:2002.06470 <https://arxiv.org/abs/2002.06470>`_.
 # - Abe and others (2022), `arXiv:2202.06985 <https://arxiv.org/abs/2202.06985>`_.
 # - Nadeau and Bengio (2003), `doi:10.1023/A:1024068626366
 #   <https://doi.org/10.1023/A:1024068626366>`_.

@@ -8,8 +8,8 @@ Train networks that predict a mean and a variance, all in one call of
 **In short.** Each member minimizes the Gaussian negative log likelihood and keeps its
 best state on validation rows. The variance of the ensemble is the mean of the members'
 variances (**noise**, aleatoric) plus the variance of their means (**ignorance**,
-epistemic). For rows of a kind that was left out of the training, ignorance widens the
-error bars: here by much, and still not by enough.
+epistemic). For rows of a kind that was left out of the training, noise alone is far too
+small here; ignorance widens the bars by much, and still not by enough.
 
 Before you start, read ``plot_training.py``: it explains the loop that trains a stack.
 """
@@ -166,8 +166,8 @@ for kind, rows in kinds.items():
     print("noise {1:.2f}, ignorance {2:.2f}; error {0:.2f}".format(*stds))
 
 # %%
-# **If ignorance is larger for the kind left out, the ensemble notices that these cars
-# are unusual.** Its "noise" there is what the members learned from other cars.
+# **If ignorance is larger for the kind left out, the ensemble notices.** The whole bar
+# may still be narrower: its "noise" there comes from other cars.
 #
 # Do the error bars hold?
 # -----------------------
@@ -179,7 +179,8 @@ for kind, rows in kinds.items():
 #   values come out sure.
 # - **best of ten**: the member with the lowest validation loss.
 # - **wide**: one network with the parameters of ten members (tested), at the best of
-#   three learning rates by validation loss. The ensemble has one rate, not tuned.
+#   three learning rates by 40 validation rows, a noisy choice. The ensemble has one
+#   rate, not tuned.
 
 splits = torch.arange(num_splits)
 rates, trained = [0.003, 0.01, 0.03], []
@@ -200,10 +201,11 @@ print("splits that chose each rate:", dict(zip(rates, counts, strict=True)))
 # likelihood (**NLL**, lower is better) judges the width of the bars, too. The mixture
 # counts as one Gaussian, as in Lakshminarayanan (2017).
 #
-# A **lead** is the ensemble's coverage minus its rival's, the mean over the splits (and
-# its standard error). It is clear beyond three standard errors, which chance alone
-# exceeds in about one of a hundred comparisons. All splits are of one table, so a clear
-# lead is one on these cars.
+# A **lead** is the ensemble's coverage minus its rival's (wider bars always lead, so
+# read the NLL, too), the mean over the splits (and its standard error). It is clear
+# beyond three standard errors (chance alone: about one in a hundred; over noise alone,
+# a lead is never negative). Splits share cars: for new cars like those trained on, the
+# standard error is about twice this.
 
 
 def covered(mean, var, y):
@@ -231,16 +233,16 @@ for kind, rows in kinds.items():
 
 # %%
 # **If the ensemble clearly leads for the kind left out, and its NLL is the lowest, its
-# disagreement is worth the cost there.** If its coverage is below 95 %, it notices too
-# little: members share an error that their disagreement does not show. With American
-# cars left out instead, its coverage is above that of a wide network, too; with those
-# from Europe or Japan, about as high or higher (tested).
+# disagreement beats these three rivals there.** If its coverage is below 95 %, it
+# notices too little: members share an error that their disagreement does not show. A
+# short run with five members: with American cars left out, its coverage is above a wide
+# network's, too; with Europe's or Japan's, at most 5 points below (tested).
 #
 # More data lower the ignorance where they lie
 # --------------------------------------------
 #
-# In a well-known figure the truth is known: a cubic with noise of standard deviation
-# 3, seen between -4 and 4. Each of ten data sets has three ensembles: of its first 40
+# In a well-known figure the truth is known: a cubic with noise of standard deviation 3,
+# seen between -4 and 4. Each of ten data sets has three ensembles: of its first 40
 # points, of its first 400, and of all 4,000; a fifth is for validation. If ignorance is
 # what more data would settle, it should fall inside, with the error, and the noise
 # should stay near 3. Outside, no size has data.
@@ -286,7 +288,7 @@ for ax, (title, values) in zip(axes, signals.items(), strict=True):
         ax.semilogy(at.cpu(), mid, f"C{k}{style}", label=f"{size:,} points")
         ax.fill_between(at.cpu(), low, high, color=f"C{k}", alpha=0.2, linewidth=0)
     for edge in (-4, 4):  # where the data end
-        ax.axvline(edge, color="C7", linewidth=0.8)
+        ax.axvline(edge, color="gray", linewidth=0.8)
     ax.set(title=f"{title} of the ensemble", xlabel="x")
 axes[0].set_ylabel("in units of y; median, quartiles")
 axes[0].legend()
@@ -300,14 +302,15 @@ fig.set_label(
 
 # %%
 # **If ignorance inside falls in nine or ten sets of ten at a step, more data settle a
-# part of it** (chance alone: once in about fifty); fewer sets show no clear change.
-# **Outside, ignorance stays, and the error is many times larger**: beyond its last kink
-# a ReLU network is a straight line, and the truth is a cubic, so all members are wrong
-# together. Large ignorance says not to trust the prediction, not how wrong it is.
+# part of it** (chance alone, at either step: once in about fifty); fewer sets show no
+# clear change. **Outside, ignorance falls less, and the error is many times larger**:
+# beyond its last kink a ReLU network is a straight line, and the truth is a cubic, so
+# all members are wrong together. Large ignorance says not to trust the prediction, not
+# how wrong it is.
 #
-# If fewer than 95 % of the places inside have the truth within two standard deviations
-# of ignorance ("2 ignorances"), it understates the error there, too, probably because
-# all members learn from the same noisy points.
+# If clearly fewer than 90 % of the places inside have the truth within two standard
+# deviations of ignorance ("2 ignorances"; ten draws around the truth give 90 %), it
+# understates the error there, too.
 #
 # Each member trains as if it were alone
 # --------------------------------------

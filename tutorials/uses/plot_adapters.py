@@ -5,9 +5,9 @@ Many LoRA adapters on one frozen network
 Train a low-rank adapter for each of many users in one ``torch.func.vmap`` call, with
 the frozen network once in memory, and serve all users in one mixed batch.
 
-**In short.** Give each linear layer two small matrices and a hook that adds their
-product to its output. Stack only these matrices, and hand the network to ``vmap`` with
-``in_dims=None``: it is not copied, and its weights keep their names.
+**In short.** Give each linear layer two small matrices and a hook that adds the input
+times both to its output. Stack only these matrices, and hand the network to ``vmap``
+with ``in_dims=None``: it is not copied, and its weights keep their names.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -40,8 +40,9 @@ print(f"{where}, torch {torch.__version__}, float32, IEEE")
 # An adapter for each user
 # ------------------------
 #
-# ``add_lora`` changes your model in place; call it once for each model. ``A`` starts at
-# random and ``B`` at zero, so that all users start with what the base says [1].
+# ``add_lora`` makes places without values: call it on the skeleton, once, not on a
+# model in use. ``new_adapters`` makes the values, ``A`` at random and ``B`` zeros, so
+# that all users start with what the base says [1].
 
 
 def add_lora(model, rank=4):
@@ -81,9 +82,9 @@ with torch.device("meta"):
 losses = vmap(loss, in_dims=(0, None, 0, 0))  # own adapters and data, one base
 
 # %%
-# ``losses(adapters, base, x, y)`` has the loss of each user; any optimizer trains
-# ``adapters.values()``. Here is a step, beside the model that one user would have
-# alone, which shares the tensors of the base:
+# ``losses(adapters, base, x, y)`` has the loss of each user; an optimizer that works
+# element by element, such as AdamW, trains ``adapters.values()``. Here are a step, and
+# one user's model alone, on the tensors of the base:
 
 num_users = 16
 adapters = new_adapters(num_users)
@@ -117,7 +118,7 @@ def trained(model):
 # --------------------------------------------
 #
 # In float64 on the CPU: five adapters, ten steps, each beside the model alone. After
-# that the adapter is merged into the weights of a model without hooks.
+# that, one adapter is merged into the weights of a model without hooks.
 
 frozen = {name: p.cpu().double() for name, p in base.items()}
 few = {k: p.detach().cpu().double() for k, p in new_adapters(5).items()}
@@ -229,22 +230,28 @@ starts = {
 shared = {"4.bias": base["4.bias"].expand(num_users, 10)}  # the base as it is
 right = {"base alone": accuracy(shared, replace, test_x, test_y)}
 for name, (own, call) in starts.items():
-    tried = [fit(own, call, lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
-    best = max(
-        tried, key=lambda own: accuracy(own, call, x[:, 150:], y[:, 150:]).mean()
-    )
-    right[name] = accuracy(best, call, test_x, test_y)
-    adapters = best if call is predict else adapters
+    tried = {lr: fit(own, call, lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2)}
+    valid = {k: accuracy(p, call, x[:, 150:], y[:, 150:]) for k, p in tried.items()}
+    best = max(valid, key=lambda lr: valid[lr].mean())
+    right[name] = accuracy(tried[best], call, test_x, test_y)
+    adapters = tried[best] if call is predict else adapters
+    numbers = sum(p[0].numel() for p in own.values())
+    losers = (right[name] < right["base alone"]).sum()
+    print(f"{name}: {numbers:,} numbers, rate {best:g}, {losers} users lose by it")
 for name, part in right.items():
     print(
         f"{name:14} {part.mean():.1%} right, users {part.min():.1%} to {part.max():.1%}"
     )
 
 # %%
+# Compare the means: where an adapter is below a copy, it pays with accuracy for its
+# size. A user whom the base serves well can lose.
+#
 # All users in one mixed batch
 # ----------------------------
 #
-# Each sample brings the rows of its user, and ``vmap`` maps over samples:
+# Each sample brings a copy of its user's rows, and ``vmap`` maps over samples (tested
+# against each user's model):
 
 who = torch.randint(num_users, (64,), device=device)
 mine = {name: p.detach()[who] for name, p in adapters.items()}  # "0.A": [64, 4, 784]
@@ -258,8 +265,9 @@ print(list(logits.shape))
 #
 # The loop runs a module for each user, all on the tensors of one base, with one fused
 # AdamW and one backward pass. In one call a product with a weight of the base is one
-# product for the rows of all users (tested), so we expect it to gain with many users.
-# The third form is one call with own copies of all weights.
+# product forward for the rows of all users (tested), so we expect it to gain with many
+# users. The third form is one call with own copies of all weights; its gain, too, is
+# over the loop of adapters.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -358,18 +366,18 @@ memory.set(
 )
 memory.legend()
 fig.set_label(
-    "Left: gain over a loop against the number of users, for one call with adapters "
-    "and with own copies. Right: memory, counted. "
+    "Left: gain over a loop of adapters against the number of users, for one call with "
+    "adapters and with own copies. Right: memory, counted. "
     f"Adapters of {sizes[-1]} users in one call: {said(*gains[-1][0])}."
 )
 
 # %%
-# Where one call is slower, with few users, run the loop: the adapters are the same.
+# Where one call is slower, run the loop: the adapters are the same up to rounding.
 #
 # The mistake: a skeleton without the adapters
 # --------------------------------------------
 #
-# With ``strict=False`` nobody notices that the adapters are not used:
+# With ``strict=False``, the default, unused adapters raise no error:
 
 with torch.no_grad():
     ignored = functional_call(plain, base | mine, (batch,), strict=False)
@@ -406,4 +414,3 @@ except RuntimeError as error:
 #
 # - [1] E. J. Hu et al.: LoRA, 2021, `arXiv:2106.09685
 #   <https://arxiv.org/abs/2106.09685>`_.
-# - [2] The operators that ``vmap`` runs: ``plot_what_vmap_runs.py``.

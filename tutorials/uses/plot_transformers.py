@@ -5,9 +5,10 @@ Many transformers in one call
 Call and train many small transformers at once with ``torch.func.vmap``: encoders of
 ``torch.nn`` and attention of your own, with padding, dropout and a cache.
 
-**In short.** ``vmap`` takes ``nn.TransformerEncoder`` as it is in train mode; in eval
-mode, switch its fast path off. Pass masks by position, because ``vmap`` does not map
-keyword arguments. The table below says at which sizes one call is faster than a loop.
+**In short.** In train mode ``vmap`` takes ``nn.TransformerEncoder`` with
+``randomness="different"``; in eval mode, switch its fast path off. Pass masks by
+position, because ``vmap`` does not map keyword arguments. The table below times seven
+sizes in one call and in a loop; measure yours.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -127,8 +128,9 @@ assert far < 1e-10, "one call is not the loop"
 # The mistake: eval mode with the fast path
 # -----------------------------------------
 #
-# In eval mode an encoder calls one fused operator for each layer, unless it sees that a
-# gradient is recorded. Inside ``vmap`` it does not see that:
+# In eval mode an encoder with ``batch_first=True`` calls one fused operator for each
+# layer, unless it sees that a gradient is recorded. Inside ``vmap`` it does not see
+# that:
 
 torch.backends.mha.set_fastpath_enabled(True)
 try:
@@ -163,9 +165,9 @@ except RuntimeError as error:
 # **Models of Hugging Face**, here BERT and GPT-2 of transformers 5.24.0: let the
 # function return ``.logits``, and give it a mask of floats, ``[batch, 1, 1, tokens]``
 # (GPT-2: ``[batch, 1, tokens, tokens]``, causal as well), 0 to see and
-# ``torch.finfo(dtype).min`` to ignore. With most of these models a mask ``[batch,
-# tokens]`` raises an error about data-dependent control flow. A mask of booleans and
-# "eager" attention give other numbers, without an error.
+# ``torch.finfo(dtype).min`` to ignore. A mask ``[batch, tokens]`` raises an error about
+# data-dependent control flow, except for GPT-2 with "eager" attention. With "eager", a
+# mask of booleans gives other numbers, without an error.
 #
 # All of this is tested.
 #
@@ -191,7 +193,7 @@ class Attention(nn.Module):
         return self.out(x.transpose(-3, -2).flatten(-2)), tuple(kv)
 
 
-class GPT(nn.Module):
+class Decoder(nn.Module):
     def __init__(self, width=32, length=32, heads=4):
         super().__init__()
         self.embed, self.place = nn.Embedding(10, width), nn.Embedding(length, width)
@@ -211,14 +213,14 @@ class GPT(nn.Module):
 # The loop over tokens stays outside. The first call reads the prompt and returns the
 # caches; each further call extends them by one token:
 
-gpts = [GPT().to(device).eval() for _ in range(num_models)]
-gpt_params, _ = stack_module_state(gpts)
+decoders = [Decoder().to(device).eval() for _ in range(num_models)]
+decoder_params, _ = stack_module_state(decoders)
 with torch.device("meta"):
-    gpt = GPT().eval()
+    decoder = Decoder().eval()
 
 
 def next_token(params, *inputs):
-    logits, caches = functional_call(gpt, params, inputs, strict=True)
+    logits, caches = functional_call(decoder, params, inputs, strict=True)
     return logits.argmax(-1, keepdim=True), caches
 
 
@@ -228,32 +230,34 @@ def generate(params, tokens, number):
     start, end = tokens.shape[-1], tokens.shape[-1] + number
     places, said = torch.arange(end, device=tokens.device), [tokens]
     token, caches = vmap(next_token, (0, 0, None))(params, tokens, places[:start])
-    for place in places[start:].split(1):
+    for place in places[start:-1].split(1):
         said.append(token)
         step = vmap(next_token, (0, 0, None, 0))
         token, caches = step(params, token, place, caches)
-    return torch.cat(said, dim=-1)
+    return torch.cat([*said, token], dim=-1)
 
 
 prompt = torch.randint(10, (num_models, 4, 6), device=device)
-tokens = generate(gpt_params, prompt, 10)  # [8, 4, 16]
+tokens = generate(decoder_params, prompt, 10)  # [8, 4, 16]
 print("one text of each of the first three models:", *tokens[:3, 0].tolist(), sep="\n")
 
 # %%
-# These are the tokens that each model generates alone and without a cache (tested). The
-# models are not trained.
+# In float64 each model generates the same tokens alone, without a cache (tested). The
+# models are not trained. After the prompt, a call takes one token: more would see each
+# other.
 #
 # Is it faster than a loop?
 # -------------------------
 #
-# With small tensors a loop mostly starts operators, and one call starts each of them
+# With small tensors a loop mostly starts operators, and one call starts most of them
 # once for all models: we expect it to gain with many narrow models. A loop computes
 # attention with a fused kernel. ``vmap`` runs a CPU's kernel in a loop over the models,
-# which is what the warning says; on CUDA this holds for gradients [1]. Inside
-# ``sdpa_kernel(SDPBackend.MATH)``, attention is a few operators that ``vmap`` runs for
-# all models at once, but they write a number for each pair of tokens. So we expect
-# ``MATH`` to be better than the fused kernel for short sequences, and worse for long
-# ones.
+# which is the ``performance drop`` of the warning that this page hides; on CUDA this
+# holds for the gradients of ``vmap(grad(...))`` [1]. (This page has not run on CUDA:
+# compare gradients there before you train.) Inside ``sdpa_kernel(SDPBackend.MATH)``,
+# attention is a few operators that ``vmap`` runs for all models at once, but they write
+# a number for each pair of tokens. So we expect ``MATH`` to be better than the fused
+# kernel for short sequences, and worse for long ones.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -331,7 +335,8 @@ def forms(n, width, length):
 
 # %%
 # Medians of at least seven turns, warm; predictions run without autograd. A call's time
-# is that of the loop over the median gain, whose 95 % interval is in brackets.
+# is the loop's time divided by the median gain, in brackets its 95 % interval. A wide
+# interval decides nothing.
 
 cases = [(32, 16, 1), (32, 16, 8), (32, 16, 64)]  # width, tokens, models
 cases += [(32, 128, 1), (32, 128, 8), (128, 16, 1), (128, 16, 8)]
@@ -379,15 +384,16 @@ fig.set_label(
 # Read the table for a size near yours, and put your own model into
 # ``plot_your_own_model.py``. Where ``MATH`` is faster than the fused kernel, wrap the
 # call: ``call = sdpa_kernel(SDPBackend.MATH)(call)``. For training with dropout, CPUs
-# have no fused kernel (tested), and the two are the same. Why wide models can be slower
-# in one call is measured in ``plot_what_vmap_runs.py``.
+# have no fused kernel (tested), and the two are the same. One reason why one call can
+# be slower, fresh memory, is measured for CNNs in ``plot_what_vmap_runs.py``.
 #
 # Remember
 # --------
 #
 # Encoders of ``torch.nn`` work under ``vmap`` in train mode; **for eval mode, switch
-# the fast path off**. Masks are positional arguments, caches are mapped ones. Time one
-# call against a loop at your own width and length, with and without ``MATH``.
+# the fast path off**. Masks that differ are positional arguments, caches are mapped
+# ones. Time one call against a loop at your own width and length, with and without
+# ``MATH``.
 #
 # Next
 # ----
