@@ -94,7 +94,7 @@ def test_an_input_without_the_batch_is_refused():
     class Places(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.places = nn.Embedding(10, 8), nn.Embedding(7, 8)
+            self.tokens, self.places = nn.Embedding(10, 10), nn.Embedding(7, 10)
 
         def forward(self, x):
             return (self.tokens(x) + self.places(torch.arange(7)[None])).mean(1)
