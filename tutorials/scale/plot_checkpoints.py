@@ -3,13 +3,14 @@ Checkpoints for any number of processes
 =======================================
 
 Save an ensemble that trains in several processes, load it with another number of them,
-and let a training without dropout whose process was killed end as if nothing had
-happened, up to rounding.
+and, if one is killed, go on as if nothing had happened, up to rounding (without
+dropout).
 
 **In short.** Tell ``torch.distributed.checkpoint``, by ``DTensor.from_local``, which
-rows of the whole stack a process holds; then any number of processes finds its members
-again. If each minibatch depends on member and step only, parameters, the optimizer's
-tensors and the step are all that a training needs to go on.
+rows of the whole stack a process holds; then another number of processes finds its
+members, too. Without dropout and buffers, and if each minibatch depends on member and
+step only, parameters, the optimizer's tensors and the step are all that a training
+needs to go on.
 
 Before you start, read ``plot_many_devices.py``: it splits members over processes.
 """
@@ -108,9 +109,10 @@ def load_latest(params, optimizer, num_models, folder):
 # --------------------------
 #
 # The rest of ``train.py``, as in ``plot_many_devices.py``: a minibatch is a function of
-# member and step, so no state of a random generator is saved. (Dropout has one: it goes
-# on with other masks.) Add batch-norm buffers to ``tensors``, and compute a learning
-# rate that changes from the step.
+# member and step, so no state of a random generator is saved. (Dropout, with
+# ``randomness="different"``, needs such a state: it goes on with other masks.) Add
+# batch-norm buffers to ``tensors``, and compute a learning rate that changes from the
+# step.
 
 
 def minibatch(member, step):
@@ -206,8 +208,8 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 #
 # - ``get_state_dict`` takes a module. A stack is a dictionary, and ``nn.ParameterDict``
 #   refuses its names, which have dots (tested).
-# - ``Stateful`` objects take back what was loaded by a method. Here nothing is to take
-#   back, since ``dcp.load`` writes into the tensors that the optimizer holds.
+# - ``Stateful`` objects have a method that takes what was loaded. None is needed here,
+#   since ``dcp.load`` writes into the tensors that the optimizer holds.
 # - ``dcp.async_save`` copies the tensors and writes while you train; PyTorch calls it
 #   experimental. Rename the folder after ``result()`` of what it returns (tested). On
 #   GPUs it needs the backend ``"cpu:gloo,cuda:nccl"``.
@@ -277,7 +279,7 @@ print("folders:", *sorted(path.name for path in folder.iterdir()))
 # Go on with another number of processes
 # --------------------------------------
 #
-# Start the same file again, with one process less:
+# Start it again without the kill, and with one process less:
 
 fewer = num_processes - 1
 print(launch(fewer, f"{functions}\n{call}", scratch.name, "saved/40").strip())
@@ -350,9 +352,9 @@ fig.set_label(
 # ------------------------
 #
 # With ``--max-restarts`` it does, but in torch 2.13 that may fail or hang, probably as
-# new processes connect through the store of the dead ones (pytorch#135712). Start the
-# job again, as this page does, or set a variable first (tested; torchrun may abort at
-# its end, after the last checkpoint):
+# new processes find, in torchrun's store, what the dead ones left there
+# (pytorch#135712). Start the job again, as this page does, or set a variable first
+# (tested; torchrun may abort at its end, after the last checkpoint):
 #
 # .. code-block:: none
 #
@@ -397,8 +399,8 @@ for name, p in begin(range(num_models), "cpu")[0].items():
 # Remember
 # --------
 #
-# **Declare rows as a shard, and any number of processes loads them.** Rename a folder
-# when it is complete. Save the optimizer's tensors, too.
+# **Declare rows as a shard, and another number of processes loads them.** Rename a
+# folder when it is complete. Save the optimizer's tensors, too.
 #
 # Next
 # ----

@@ -8,8 +8,8 @@ long all of them take.
 
 **In short.** Measure a training step with 1, 10, 100 and more models in one call. Train
 all in groups of a size that you measured, one group after the other: the memory is that
-of one group, and the time is that of a group, times the number of groups. Then check
-the plan on a job that is longer than the small run, and drop it if it fails.
+of one group, and the training time is that of a group, times the number of groups. Then
+check the plan on a job that is longer than the small run, and drop it if it fails.
 
 **Before you start**, read ``plot_memory.py``: it trains an ensemble in groups.
 """
@@ -155,7 +155,7 @@ print(f"after ten steps, at most {off:.0e} apart")
 # gets the mean of the 50 steps, because a long job also pays for the slow ones. Taking
 # turns may cost more than a job of one size does. Memory is the peak of all tensors in
 # two steps, read from PyTorch's profiler on the CPU. What a library takes by itself is
-# not seen. On CUDA, the table is still of the CPU, and
+# not seen. On CUDA, the peaks in the table are still those of the CPU, and
 # ``torch.cuda.max_memory_reserved()`` tells what PyTorch took.
 
 
@@ -213,8 +213,10 @@ for size, turn in zip(sizes, turns.T, strict=True):
 # ----------------------------------
 #
 # The job starts every group anew and trains it to its end; you would save it then. The
-# memory that one call of all models would need is projected along a line from two
-# sizes, and measured. A plan holds within a factor of 1.25 in time and 1.1 in memory.
+# plan's memory is that of its group in the table, also for many groups (tested). For
+# comparison, what one call of all models would need is projected along a line from two
+# sizes, and measured. Here, a plan counts as holding within a factor of 1.25 in time
+# and 1.1 in memory.
 
 
 def rounded(number):
@@ -245,8 +247,8 @@ print("all in one call:", verdict(line, peak, "MB", within=1.1))
 print(f"the job was {rounded(took / small_run)} times as long as the small run")
 
 # %%
-# If the time fails, compare the turns: where they differ as much, other programs were
-# probably running. Then time what the plan leaves out: ``begin``, new minibatches,
+# If the time fails, compare the turns: where they differ as much, the small run was
+# noisy, so repeat it. Then time what the plan leaves out: ``begin``, new minibatches,
 # saving. If the memory fails, measure nearer to the size that you want.
 #
 # **No check, no projection.** A million models, or 10,000 steps, are more of the same
@@ -288,8 +290,8 @@ fig.set_label(
 # --------
 #
 # Measure a step at several sizes, train in groups of a size that you measured, and
-# multiply by the number of groups. Check the plan on a longer job, and go no further
-# than that check.
+# multiply by the number of groups. Check the plan on a longer job, and go further only
+# while the job agrees with its plan.
 #
 # Next
 # ----
@@ -302,5 +304,5 @@ fig.set_label(
 # Reference
 # ---------
 #
-# PyTorch: `torch.cuda.max_memory_allocated
+# PyTorch: `torch.cuda.max_memory_reserved
 # <https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.max_memory_allocated.html>`_.

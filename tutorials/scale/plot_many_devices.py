@@ -134,7 +134,8 @@ if os.getenv("RANK"):  # torchrun sets it, and runs this file as train.py
 #    torchrun --standalone --nproc-per-node 4 train.py
 #
 # torchrun ends all if one fails. To let the others go on, start each as a job of its
-# own, with one visible GPU (tested on a CPU):
+# own, with one visible GPU, or, on a CPU, with ``OMP_NUM_THREADS=1``, which torchrun
+# sets by itself (tested on a CPU):
 #
 # .. code-block:: none
 #
@@ -290,23 +291,23 @@ print(f"their ensemble predicts what that of 1 does, within {off:.0e}")
 # **The number of processes is no property of the ensemble.** Tested are 1 to 4
 # processes for members, and 1, 2 and 4 for rows, which divide 32. In float32 a
 # difference in last bits can grow with every step, until you have *other* members
-# (``plot_how_equal.py``). Dropout makes others, too: one generator draws the masks of
-# all members of a process. With split rows, batch norm sees those of its own process
-# only.
+# (``plot_how_equal.py``). Dropout, which needs ``randomness="different"``, makes
+# others, too: one generator draws the masks of all members of a process. With split
+# rows, batch norm sees those of its own process only.
 #
 # What is communicated?
 # ---------------------
 #
-# Split members exchange nothing to train, and to predict as many numbers as one member
+# To train, split members exchange nothing; to predict, as many numbers as one member
 # predicts (tested). Split rows exchange all gradients in each step.
 #
 # How much faster is it?
 # ----------------------
 #
 # No process waits for another, so ``n`` should be ``n`` times as fast, but for what a
-# smaller share does not shorten. On a CPU the rival is one process with all threads,
-# PyTorch's default. Members are built and minibatches drawn before the clock starts.
-# The number of turns is fixed, so that all processes make the same ones.
+# smaller share does not shorten. On a CPU the rival is one process with PyTorch's
+# default number of threads. Members are built and minibatches drawn before the clock
+# starts. The number of turns is fixed, so that all processes make the same ones.
 
 
 def time_training(num_models, num_steps, ways):
@@ -380,16 +381,18 @@ fig.set_label(
 
 # %%
 # The first time is the median of 15 turns, after one to warm up. The others are that
-# median divided by the median ratio to it, which stands behind with its 95 % interval.
-# **Start several processes where a row with several says faster**. Their start is not
-# timed. Where the line leaves the dashed one before the devices run out, members are
-# probably too few and too small, or memory is the limit.
+# median divided by the median gain over it. Behind stands the gain with its 95 %
+# interval, or, if no difference is seen, the interval alone. **Start several processes
+# where a row with several says faster**. Their start is not timed. Where the line
+# leaves the dashed one before the devices or cores run out, members are probably too
+# few and too small, or memory bandwidth is the limit.
 #
 # Remember
 # --------
 #
-# Seeds belong to members, so **any number of processes makes the same ensemble**.
-# Training needs no group and no wrapper; common predictions and split rows do need one.
+# Seeds belong to members, so **another number of processes makes the same ensemble**,
+# up to rounding. Training needs no group and no wrapper; common predictions and split
+# rows do need one.
 #
 # Next
 # ----

@@ -308,13 +308,14 @@ fig.set_label(
 )
 
 # %%
-# - **Best one:** where it is worse, a team beats one of its members' size, in that
-#   score.
+# - **Best one:** where it is worse, the team beats one network of the same size as a
+#   member, in that score.
 # - **First five, all:** where they are worse, the choice matters, and to keep all does
 #   not replace it.
 # - **Five seeds, greedy:** where they are not certain, these folds cannot tell which
-#   way to a team is better, and the best five need no further training and no search.
-#   Hyper-deep ensembles combine settings, seeds and greedy selection (Wenzel 2020).
+#   way to a team is better, and the best five need no more training, as new seeds do,
+#   and no picks. Hyper-deep ensembles combine settings, seeds and greedy selection
+#   (Wenzel 2020).
 # - **One, 5 x as wide:** where it is better, put the width into the sweep before you
 #   build a team (``plot_more_members.py``).
 #
@@ -354,10 +355,11 @@ for name, (ranked, mixed) in table.items():
 #   have the same teams: where greedy is better in the first and not in the second, with
 #   a temperature, no gain of greedy selection is seen.
 # - **Only of the team, only of each member:** where they are worse, fit both; where
-#   they are not certain, one kind may do. Averaging can make calibrated members too
-#   cautious (Rahaman 2021). Caruana (2006) studies selection from calibrated members.
+#   they are not certain, these folds cannot tell; take the lower loss or fit both.
+#   Averaging can make calibrated members too cautious (Rahaman 2021). Caruana (2006)
+#   studies selection from calibrated members.
 #
-# The validation images have fit temperatures and chosen members, so report the loss on
+# Temperatures and members were fitted to the validation images, so report the loss on
 # test images, and never choose by it.
 #
 # One network in place of the team

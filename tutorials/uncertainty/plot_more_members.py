@@ -3,13 +3,13 @@ What each further member buys
 =============================
 
 Decide how many members your ensemble needs, and how wide each should be: compare teams
-of 1 to 8 small networks of three widths by likelihood, error, Brier score and
+of up to 8 small networks of three widths by likelihood, error, Brier score and
 calibration, each with a learning rate and a temperature of its own.
 
-**In short.** At one learning rate and without a temperature, a team of M members leaves
-1/M of what members can gain in Brier score, so the second buys half of it. Before you
-pay for more, compare with wider networks of as many parameters in total, each at its
-own rate and temperature: the run prints which are better here.
+**In short.** At one learning rate and without a temperature, a team of M members
+leaves, on average, 1/M of what members can gain in Brier score, so the second buys half
+of it. Before you pay for more, compare with wider networks of as many parameters in
+total, each at its own rate and temperature: the run prints which are better here.
 
 Before: ``plot_training.py`` explains the training loop.
 """
@@ -283,8 +283,8 @@ for wide, width in [(64, 16), (256, 64)]:
 
 # %%
 # **A network is worth its parameters if that number is 4 or more.** The curves end at
-# 8: there, the network may be worth more. For width 256, two seeds gave 2.8 and 7.0
-# (not shown), so five folds do not settle it; longer training may change it, too.
+# 8, so read 8.0 as "8 or more". For width 256, another seed gave 7.0 on the CPU (not
+# shown): the range of five folds is too narrow. Longer training may change it, too.
 #
 # Other scores of the same teams
 # ------------------------------
@@ -343,7 +343,7 @@ for way, cooled in [("as trained", False), ("after a temperature", True)]:
 # ------------------------------------
 #
 # Three ways to combine 8 networks (a vote's loss is infinite, so it takes the lowest
-# rate):
+# rate: its error is no fair comparison):
 
 
 def mean_of_logits(logits):
@@ -361,7 +361,8 @@ for combine in (mean_of, mean_of_logits, vote):
 
 # %%
 # **Votes are poor probabilities**: a class without one has probability zero, and one
-# image of it makes the negative log likelihood infinite.
+# image of it makes the negative log likelihood infinite. Averaged logits may do as well
+# as averaged probabilities.
 #
 # Remember
 # --------

@@ -201,11 +201,12 @@ print("splits that chose each rate:", dict(zip(rates, counts, strict=True)))
 # likelihood (**NLL**, lower is better) judges the width of the bars, too. The mixture
 # counts as one Gaussian, as in Lakshminarayanan (2017).
 #
-# A **lead** is the ensemble's coverage minus its rival's (wider bars always lead, so
+# A **lead** is the ensemble's coverage minus its rival's (wider bars tend to lead, so
 # read the NLL, too), the mean over the splits (and its standard error). It is clear
-# beyond three standard errors (chance alone: about one in a hundred; over noise alone,
-# a lead is never negative). Splits share cars: for new cars like those trained on, the
-# standard error is about twice this.
+# beyond three standard errors (before rounding; chance alone: about one in a hundred;
+# over noise alone, a lead is never negative). Splits share cars: for new cars like
+# those trained on, the standard error is about twice this, so there only a lead of six
+# of them is clear, whatever is printed.
 
 
 def covered(mean, var, y):
@@ -303,14 +304,14 @@ fig.set_label(
 # %%
 # **If ignorance inside falls in nine or ten sets of ten at a step, more data settle a
 # part of it** (chance alone, at either step: once in about fifty); fewer sets show no
-# clear change. **Outside, ignorance falls less, and the error is many times larger**:
-# beyond its last kink a ReLU network is a straight line, and the truth is a cubic, so
-# all members are wrong together. Large ignorance says not to trust the prediction, not
-# how wrong it is.
+# clear change. **Outside, ignorance falls by a smaller factor, and the error is many
+# times larger**: beyond its last kink a ReLU network is a straight line, and the truth
+# is a cubic, so all members are wrong together. Large ignorance says not to trust the
+# prediction, not how wrong it is.
 #
 # If clearly fewer than 90 % of the places inside have the truth within two standard
-# deviations of ignorance ("2 ignorances"; ten draws around the truth give 90 %), it
-# understates the error there, too.
+# deviations of ignorance ("2 ignorances"; a truth that is like an eleventh draw gives
+# 90 %), it understates the error there, too.
 #
 # Each member trains as if it were alone
 # --------------------------------------

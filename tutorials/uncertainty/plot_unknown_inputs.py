@@ -230,11 +230,11 @@ for name, (width, count, rate) in recipes.items():
 # sure and wrong. (A 6 turned by 180 degrees is a 9, and counts as wrong for all.)
 #
 # **What should happen:** members differ where they saw no data, so five should beat one
-# of them (Ovadia and others, 2019). Against one network as large as all five, Abe and
-# others (2022, arXiv:2202.06985) saw no such gain. A verdict needs a mean difference of
-# more than 2.8 standard errors over the folds (``plot_more_members.py`` says why): of
-# twenty comparisons between equals, about one gets there by chance, if this error is
-# right.
+# of them (Ovadia and others, 2019; not measured here). Against one larger network of
+# similar accuracy, Abe and others (2022, arXiv:2202.06985) saw no such gain. A verdict
+# needs a mean difference of more than 2.8 standard errors over the folds
+# (``plot_more_members.py`` says why): of twenty comparisons between equals, about one
+# gets there by chance, if this error is right.
 
 
 def brier(probs, y):
@@ -286,11 +286,11 @@ fig.set_label(
 )
 
 # %%
-# **Where five small are better as trained but not with a temperature**, no merit of the
-# members is seen once each side has a temperature, from upright digits. **Where they
-# are better in both**, members add what that number does not. A T below 1 makes the
-# five surer: validation digits reward that, turned ones charge for it. Either way, all
-# curves end above the gray line: worse than a uniform guess.
+# **Where five small are better as trained but not with a temperature**, these two
+# scores show no merit of the members once each side has a temperature, from upright
+# digits. **Where they are better in both**, members add what that number does not. A T
+# below 1 makes the five surer: validation digits reward that, turned ones charge for
+# it. Either way, all curves end above the gray line: worse than a uniform guess.
 #
 # Does the score tell unknown inputs from known ones?
 # ---------------------------------------------------
@@ -340,9 +340,9 @@ for label, area in areas.items():
 # %%
 # **The threshold does what it promises for upright digits, and promises nothing for
 # other inputs.** Where a score is better for one kind and worse for another, no verdict
-# holds in general. Letters, photos and others are the same images in all folds, so
-# their verdicts say nothing about other images. The mutual information can miss images
-# on which every member is unsure, such as image 2 above.
+# holds in general. Letters, photos, others and the order of the shuffled pixels are the
+# same in all folds: the verdicts do not cover other ones. The mutual information can
+# miss images on which every member is unsure, such as image 2 above.
 #
 # The mistake: to trust agreement
 # -------------------------------
@@ -362,8 +362,8 @@ for kind in ["turned 0", "turned 90", "others"]:
 # %%
 # The first line is the control: where mistakes are rare, members that agree make fewer.
 # If the share of wrong answers on turned digits stays near its base rate where members
-# agree, **agreement is no sign of a right answer there**; on the third line it may
-# help.
+# agree, **agreement is no sign of a right answer there**; on the third line it helps
+# where its share is below the base rate, and is no guarantee.
 #
 # Remember
 # --------
