@@ -7,9 +7,10 @@ with the same numbers, and with a list of what changes without an error.
 
 **In short.** ``stack_module_state`` replaces ``combine_state_for_ensemble``,
 ``functional_call`` replaces ``make_functional_with_buffers``, and the transforms keep
-their arguments. No error tells you that the mode (train or eval) is now that of the
-skeleton, and that other tensors require gradients or are copies. For code from JAX, see
-*From JAX, Flax and Equinox*: names, then random numbers, state and compilation.
+their arguments. Three things change without an error: the mode (train or eval) is that
+of the skeleton, the stack requires gradients where the models do, and
+``named_parameters()`` of one model is no copy. For code from JAX, see *From JAX, Flax
+and Equinox*: names, then random numbers, state and compilation.
 
 Before you start, read ``plot_ensembling.py``: it explains the new functions.
 """
@@ -173,13 +174,14 @@ for way, found in ways.items():
 # of ``functorch.compile`` use ``torch.compile``, and of
 # ``torch.nn.utils.stateless.functional_call`` the one of ``torch.func``. A functional
 # optimizer, also with a rate for each member, is ``adam_step`` of
-# ``plot_hyperparameter_sweep.py``. Nothing is to install: ``pip uninstall functorch``.
+# ``plot_hyperparameter_sweep.py``. ``torch.func`` comes with torch; you can uninstall
+# ``functorch``.
 #
 # What changes without an error
 # -----------------------------
 #
-# Three can make predictions wrong: the skeleton's mode, a tensor that the stack lacks,
-# and a tuple as argument. Here the models are in eval mode and the skeleton is not.
+# The skeleton's mode, a tensor that the stack lacks, and a tuple as argument can make
+# predictions wrong. Here the models are in eval mode and the skeleton is not.
 
 skeleton.train()  # as it is built
 wrong = vmap(fmodel)(*stack_module_state(models), x)
@@ -347,7 +349,7 @@ except TypeError as error:
 
 # %%
 # Write ``params.values()``, and delete ``[p.requires_grad_() for p in params]``: the
-#   stack requires gradients where the models do.
+# stack requires gradients where the models do.
 #
 # Remember
 # --------

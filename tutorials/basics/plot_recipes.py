@@ -8,8 +8,9 @@ and learning rate.
 
 **In short.** One set-up stacks ten models and defines ``predict`` and ``member_loss``,
 which run one of them. Every recipe needs this set-up and nothing else: put your own
-model and data there, then copy the lines under a heading, in any order. Where a recipe
-names a # layer (``body.``, ``head.bias``) or a width, put yours.
+model and data there, then copy the lines under a heading, in any order. (A recipe that
+loads or stacks makes new ``params`` and ``buffers``.) Where a recipe names a layer
+(``body.``, ``head.bias``) or a width, put yours.
 
 To know why, read ``plot_ensembling.py``, and the page that a recipe names.
 """
@@ -114,8 +115,7 @@ optimizer.zero_grad()
 losses.sum().backward()
 optimizer.step()
 skeleton.eval()  # before you predict
-counted = buffers["body.1.num_batches_tracked"] > 0
-print(f"{counted.sum()} members trained, their batch norm too")
+print("losses:", " ".join(f"{loss:.2f}" for loss in losses))
 
 # %%
 # A different dropout mask for each member

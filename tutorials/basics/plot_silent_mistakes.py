@@ -7,7 +7,8 @@ line that is right, and copy a test to start from.
 
 **In short.** ``vmap`` checks sizes, not meaning: what has the right shape is computed.
 Write the loop once, and compare one call with it in float64: outputs, gradients, and
-parameters after one step of SGD. For what the loop does in the same way, look yourself.
+parameters after one step of SGD. A loop makes two mistakes as well, so it cannot show
+them: members that are one model, and numbers drawn by Python.
 
 What you may see, and where to look:
 
@@ -262,12 +263,12 @@ for name in "index_add", "scatter_add":
 # What to test
 # ------------
 #
-# As written, this test finds the first three mistakes. For the mode, use your own
-# layers, in the mode that you will run. For the mean and the norm, compare the
-# parameters after a step of SGD, for the models that changed the stack in use. One test
-# for each function that you map: three models, in float64 on the CPU, and **sizes that
-# all differ**, which turn the first two examples above into errors (tested; a keyword
-# that broadcasts stays silent).
+# With your own function in the place of ``loss``, this test finds the first three
+# mistakes. For the mode, use your own layers, in the mode that you will run. For the
+# mean and the norm, compare the parameters after a step of SGD, for the models that
+# changed the stack in use. One test for each function that you map: three models, in
+# float64 on the CPU, and **sizes that all differ**, which turn the first two examples
+# above into errors (tested; a keyword that broadcasts stays silent).
 
 few = [nn.Linear(4, 3, **double) for _ in range(3)]  # three models, four features
 x = torch.randn(3, 5, 4, **double)  # five samples for each

@@ -181,8 +181,9 @@ except RuntimeError as error:
     print(error)
 
 # %%
-# Do not follow it: pass the stacked buffers. In eval mode there is no such message, and
-# all members would use the statistics of ``models[0]``. ``strict=True`` notices both.
+# Do not patch batch norm, as the message says; pass the stacked buffers. In eval mode
+# there is no such message, and all members would use the statistics of ``models[0]``.
+# ``strict=True`` notices both.
 #
 # Dropout: one mask for all, or one for each
 # ------------------------------------------

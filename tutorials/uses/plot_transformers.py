@@ -6,9 +6,10 @@ Call and train many small transformers at once with ``torch.func.vmap``: encoder
 ``torch.nn`` and attention of your own, with padding, dropout and a cache.
 
 **In short.** In train mode ``vmap`` takes ``nn.TransformerEncoder`` with
-``randomness="different"``; in eval mode, switch its fast path off. Pass masks by
-position, because ``vmap`` does not map keyword arguments. The table below times seven
-sizes in one call and in a loop; measure yours.
+``randomness="different"``; in eval mode, switch its fast path off. Pass masks to the
+mapped function by position: ``vmap`` does not map its keyword arguments. Expect a gain
+for many narrow models and short sequences only: the table below times seven sizes, in
+one call and in a loop.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -142,8 +143,9 @@ except RuntimeError as error:
 # %%
 # To predict, this operator runs once for each model, with a warning. With the default
 # ``enable_nested_tensor=True`` a padding mask raises ``Batching rule not implemented
-# for aten::_nested_tensor_from_mask_left_aligned``. All of this is tested; the switch,
-# which holds for all of PyTorch, cures all of it.
+# for aten::_nested_tensor_from_mask_left_aligned``. All of this is tested. The switch,
+# which holds for all of PyTorch, cures both errors and turns off this operator; a CPU's
+# attention still runs once for each model (below).
 #
 # Masks, dropout, half precision, checkpoints
 # -------------------------------------------
@@ -162,12 +164,13 @@ except RuntimeError as error:
 # - ``torch.utils.checkpoint`` belongs around the call, not inside a model:
 #   ``plot_what_vmap_refuses.py``.
 #
-# **Models of Hugging Face**, here BERT and GPT-2 of transformers 5.24.0: let the
-# function return ``.logits``, and give it a mask of floats, ``[batch, 1, 1, tokens]``
-# (GPT-2: ``[batch, 1, tokens, tokens]``, causal as well), 0 to see and
+# **Models of Hugging Face**, here ``BertForSequenceClassification`` and
+# ``GPT2LMHeadModel`` of transformers 5.24.0, small, with random weights, in eval mode:
+# let the function return ``.logits``, and give it a mask of floats, ``[batch, 1, 1,
+# tokens]`` (GPT-2: ``[batch, 1, tokens, tokens]``, causal as well), 0 to see and
 # ``torch.finfo(dtype).min`` to ignore. A mask ``[batch, tokens]`` raises an error about
-# data-dependent control flow, except for GPT-2 with "eager" attention. With "eager", a
-# mask of booleans gives other numbers, without an error.
+# data-dependent control flow, except for GPT-2 with "eager" attention (not tested).
+# With "eager", a mask of booleans gives other numbers, without an error.
 #
 # All of this is tested.
 #
@@ -243,21 +246,24 @@ print("one text of each of the first three models:", *tokens[:3, 0].tolist(), se
 
 # %%
 # In float64 each model generates the same tokens alone, without a cache (tested). The
-# models are not trained. After the prompt, a call takes one token: more would see each
-# other.
+# models are not trained. The choice is greedy, and all prompts have one length. After
+# the prompt, give one token a call: ``is_causal`` is off then, so several would see
+# later ones.
 #
 # Is it faster than a loop?
 # -------------------------
 #
 # With small tensors a loop mostly starts operators, and one call starts most of them
-# once for all models: we expect it to gain with many narrow models. A loop computes
-# attention with a fused kernel. ``vmap`` runs a CPU's kernel in a loop over the models,
-# which is the ``performance drop`` of the warning that this page hides; on CUDA this
-# holds for the gradients of ``vmap(grad(...))`` [1]. (This page has not run on CUDA:
-# compare gradients there before you train.) Inside ``sdpa_kernel(SDPBackend.MATH)``,
-# attention is a few operators that ``vmap`` runs for all models at once, but they write
-# a number for each pair of tokens. So we expect ``MATH`` to be better than the fused
-# kernel for short sequences, and worse for long ones.
+# once for all models: we expect it to gain with many narrow models. Without dropout and
+# outside the fast path, a loop's attention is one fused kernel. ``vmap`` runs a CPU's
+# kernel in a loop over the models, which is the ``performance drop`` of the warning
+# that this page hides; on CUDA this holds for the gradients of ``vmap(grad(...))`` [1].
+# (This page has not run on CUDA. There, masks under ``vmap`` have raised errors [2]:
+# use ``MATH`` if yours do, and compare gradients before you train.) Inside
+# ``sdpa_kernel(SDPBackend.MATH)``, attention is a few operators that ``vmap`` runs for
+# all models at once, but they write a number for each pair of tokens. So we expect
+# ``MATH`` to be better than the fused kernel for short sequences, and worse for long
+# ones.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -336,7 +342,7 @@ def forms(n, width, length):
 # %%
 # Medians of at least seven turns, warm; predictions run without autograd. A call's time
 # is the loop's time divided by the median gain, in brackets its 95 % interval. A wide
-# interval decides nothing.
+# interval decides nothing: with one, "no difference seen" means undecided.
 
 cases = [(32, 16, 1), (32, 16, 8), (32, 16, 64)]  # width, tokens, models
 cases += [(32, 128, 1), (32, 128, 8), (128, 16, 1), (128, 16, 8)]
@@ -382,18 +388,19 @@ fig.set_label(
 
 # %%
 # Read the table for a size near yours, and put your own model into
-# ``plot_your_own_model.py``. Where ``MATH`` is faster than the fused kernel, wrap the
-# call: ``call = sdpa_kernel(SDPBackend.MATH)(call)``. For training with dropout, CPUs
-# have no fused kernel (tested), and the two are the same. One reason why one call can
-# be slower, fresh memory, is measured for CNNs in ``plot_what_vmap_runs.py``.
+# ``plot_your_own_model.py``. Expect no gain with one model. Where ``MATH`` is faster
+# than the fused kernel, wrap the call: ``call = sdpa_kernel(SDPBackend.MATH)(call)``.
+# With dropout, CPUs have no fused kernel (tested), so ``MATH`` changes nothing there,
+# and the train rows are not your case. One reason why one call can be slower, fresh
+# memory, is measured for CNNs in ``plot_what_vmap_runs.py``.
 #
 # Remember
 # --------
 #
-# Encoders of ``torch.nn`` work under ``vmap`` in train mode; **for eval mode, switch
-# the fast path off**. Masks that differ are positional arguments, caches are mapped
-# ones. Time one call against a loop at your own width and length, with and without
-# ``MATH``.
+# ``nn.TransformerEncoder`` works under ``vmap`` in train mode with
+# ``randomness="different"``; **for eval mode, switch the fast path off**. Masks that
+# differ are positional arguments, caches are mapped ones. Time one call against a loop
+# at your own width and length, with and without ``MATH``.
 #
 # Next
 # ----
@@ -408,3 +415,5 @@ fig.set_label(
 # - [1] ``vmap`` and CUDA's fused attention: `pytorch#133964
 #   <https://github.com/pytorch/pytorch/pull/133964>`_, `pytorch#117016
 #   <https://github.com/pytorch/pytorch/issues/117016>`_.
+# - [2] Masks: `pytorch#151558 <https://github.com/pytorch/pytorch/issues/151558>`_,
+#   `pytorch#188764 <https://github.com/pytorch/pytorch/pull/188764>`_.
