@@ -270,7 +270,7 @@ apart = apart.values[..., 15:, 1].mean(dim=(1, 2)).tolist()  # to the nearest la
 # configurations. The ratio of two ways is a geometric mean over 30 and 45 labels and
 # over the repeats. A verdict needs three standard errors (the bracket) over the
 # repeats, which chance alone reaches in about one of a hundred comparisons; here are
-# five.
+# six.
 
 
 def compare(way, rival):
@@ -316,17 +316,18 @@ fig.set_label(
 # %%
 # **Where far apart is better than random, no committee was needed to choose.** Where
 # *far and disagreeing* is not told from *far apart*, no gain from the disagreement was
-# seen. Where *far and disagreeing* is better than random and *most disagreement* is
-# worse, the distance makes the difference, because the two ways differ by nothing else.
-# *Most of 3 %* thins the pool first: where it is better than random at a like distance,
-# the disagreement itself helped. The last lines printed above show how far a choice
-# lies, in the end, from the nearest other label.
+# seen. Where *far and disagreeing* is better than *most disagreement*, the distance
+# makes the difference: the two ways differ by nothing else. *Most of 3 %* thins the
+# pool first. Where it is better than random, this does not tell whether the
+# disagreement helped, or that it is large far from the labels. The last lines printed
+# above show how far a choice lies, in the end, from the nearest other label.
 #
 # All this is about one surface of two coordinates, about pools and test places that
 # cover it evenly, and about 15 labels at a time. On organic molecules, labels chosen by
-# disagreement did as well as ten times as many without it (Smith and others). There, a
-# distance has to be chosen, and it probably tells less in many coordinates. So compare
-# on your own pool, and let both random labels and labels far apart take part.
+# disagreement did as well as ten times as many without it (Smith and others). They
+# labeled in many rounds. There, a distance has to be chosen, and it probably tells
+# less. So compare on your own pool, and let both random labels and labels far apart
+# take part.
 
 fig, axes = plt.subplots(1, 2, sharey=True, layout="constrained")
 for ax, row in zip(axes, [1, 3], strict=True):
@@ -364,8 +365,8 @@ print(f"without argnums=1: slopes by {', '.join(slope)}")
 
 # %%
 # Without ``argnums=1`` the slope is that by the weights, a dictionary: in
-# ``energy_and_force``, only the minus raises an error. Nor does the wrong order of the
-# two ``vmap``, which gives ``[15, 4]`` and ``[15, 4, 2]`` (tested).
+# ``energy_and_force``, only the minus raises an error. The wrong order of the two
+# ``vmap`` raises none, and gives ``[15, 4]`` and ``[15, 4, 2]`` (tested).
 #
 # Remember
 # --------

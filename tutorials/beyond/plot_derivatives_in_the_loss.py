@@ -7,10 +7,10 @@ of an ensemble and over points by two nested ``vmap`` calls, and train through i
 
 **In short.** ``grad(u, argnums=1)`` is the slope of ``u(params, x)`` by ``x``,
 ``jacrev`` of it holds the second derivatives, and ``backward`` goes through both to the
-stacked parameters. Judge a physics-informed network (PINN) by a known solution and not
-by how well its members agree: the run compares error and disagreement.
+stacked parameters. Judge a physics-informed network (PINN) by a known solution, not by
+its loss or by how well its members agree: the run prints all three.
 
-Before you start: ``plot_jacobians_and_hessians.py`` explains ``grad`` and ``jacrev``.
+Before you start: ``plot_jacobians_and_hessians.py`` explains ``jacrev`` and products.
 """
 
 # %%
@@ -217,10 +217,10 @@ for inputs in 1, 8:
 # %%
 # The first time is a median of at least seven turns, warm. The others are that median
 # divided by the median ratio, in brackets its 95 % interval. *No difference seen* means
-# that the interval comes within 2 percent of 1 or holds it: undecided, not equal. The
-# sums go backward once for each input, one after the other; ``jacrev`` sends all of
-# them through one call. So the sums may pay with few inputs; the last lines say whether
-# they did here.
+# that the interval comes within 2 percent of 1 or holds it: undecided, not equal. After
+# the slope, the sums go backward once for each input, one after the other; ``jacrev``
+# goes back for all inputs in one call. So the sums may pay with few inputs; the last
+# lines say whether they did here.
 #
 # Train PINNs
 # -----------
@@ -271,7 +271,7 @@ print("a curve that is 0 everywhere has a loss of 1")
 #
 # The solutions of these equations are known. The members of each :math:`\omega` make
 # four committees of five; if the spread (the standard deviation of the members) told
-# the error, the solution would lie within two spreads of the mean at most times. The
+# the error, the solution would lie within two spreads of the mean nearly always. The
 # rows *within 2 spreads* give the share of times at which it does.
 
 
@@ -317,14 +317,13 @@ fig.set_label(
 )
 
 # %%
-# **Members that make the same mistake agree on it**, here perhaps because the training
-# is too short for all. They share equation, architecture, optimizer and schedule; their
-# spread shows what differs among them, which is the initial weights and the points. So
-# compare a PINN with a solver or with measurements at a setting where you have them.
-# Train longer, by ``num_steps``, and the table says whether the members become right or
-# only agree more. Krishnapriyan and others describe failures of PINNs and propose two
-# ways to train against them: from easy settings to hard ones, and one span of time
-# after the other.
+# **Members that make the same mistake agree on it.** They share equation, architecture,
+# optimizer and schedule; their spread shows what differs among them, which is the
+# initial weights and the points. So compare a PINN with a solver or with measurements
+# at a setting where you have them. Train longer, by ``num_steps``, and the table says
+# whether the members become right or only agree more. Krishnapriyan and others describe
+# failures of PINNs and propose two ways to train against them: from easy settings to
+# hard ones, and one span of time after the other.
 #
 # The mistake: ReLU
 # -----------------
@@ -348,7 +347,8 @@ print(f"largest second derivative of a ReLU network: {seconds.abs().max():.1f}")
 #
 # Write ``u`` for one member and one point, ``grad`` and ``jacrev`` by the point around
 # it, one ``vmap`` for points and one for members around that. Second derivatives need a
-# smooth activation. Agreement of members is no proof that the equation is solved.
+# smooth activation. Neither a small loss nor agreement proves that the equation is
+# solved.
 #
 # Next
 # ----

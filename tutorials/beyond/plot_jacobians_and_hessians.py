@@ -188,10 +188,10 @@ fig.set_label(
 )
 
 # %%
-# **Near 64 inputs, take jacrev up to the first number in the line of your width, and
-# jacfwd from the second on, if there is one.** Borders may differ between networks:
-# near them, measure your own function. If memory runs out, ``jacrev`` can split its
-# work by ``chunk_size``.
+# **Near 64 inputs, and with as many points as here, take jacrev up to the first number
+# in the line of the nearer width, and jacfwd from the second on, if there is one.** The
+# border moves with the points and the network: measure your own function. If memory
+# runs out, ``jacrev`` can split its work by ``chunk_size``.
 #
 # A loss has one output and many parameters, so take ``jacrev`` or ``grad``.
 #
@@ -241,9 +241,10 @@ print(f"losses of {num_models} members: {low:.2f} to {high:.2f}")
 # --------------------------------
 #
 # *Sharpness* is the largest eigenvalue of the Hessian: the greatest curvature in any
-# direction. Power iteration finds the one largest by size by products alone: multiply a
-# vector by the Hessian again and again. The place stays the same, so go forward once,
-# and keep the function that ``vjp`` returns.
+# direction. Power iteration finds, by products alone, the one largest by size (if it
+# comes out negative, it is not the sharpness): multiply a vector by the Hessian again
+# and again. The place stays the same, so go forward once, and keep the function that
+# ``vjp`` returns.
 
 
 def sharpness(theta, steps=100):
@@ -286,9 +287,9 @@ for i in range(num_models):
 # A full Hessian has 226 columns, and its size is the square of the parameters: in
 # float32 0.2 MB here, 4 TB for a million. ``jvp`` of ``grad`` is the product forward
 # over backward, which PyTorch's tutorial writes. ``linearize`` traces that product once
-# into a function; the run prints for how many products' time. It fails inside ``vmap``,
-# so put ``vmap`` inside of it; if the weights require gradients, call it under
-# ``no_grad`` (tested).
+# into a function. Divide the time to trace, printed in products, by what a product
+# gains: so many must follow. It fails inside ``vmap``, so put ``vmap`` inside of it; if
+# the weights require gradients, call it under ``no_grad`` (tested).
 
 x, y, theta, v = (t.to(device, torch.float32) for t in (x, y, theta, v))
 slopes = vmap(grad(member_loss))
@@ -351,9 +352,9 @@ print(f"vjp of grad: within {off:.0e} of the product above")
 # The message names no operator (`pytorch#123996
 # <https://github.com/pytorch/pytorch/issues/123996>`_). ``F.huber_loss`` has no rule
 # for it, and says so. Without ``vmap``, ``linearize`` of the gradient of ``F.mse_loss``
-# ends the process with a segmentation fault (tested, torch 2.11 and 2.13). Go backward
-# twice, or write the loss another way. ``jacfwd(jacrev(loss))`` takes both losses as
-# they are (tested).
+# ends the process by a signal (tested, torch 2.11 and 2.13). Go backward twice, or
+# write the loss another way. ``jacfwd(jacrev(loss))`` takes both losses as they are
+# (tested).
 #
 # Remember
 # --------

@@ -9,7 +9,8 @@ Compute the gradient of the loss for each sample of a batch with one call of
 ``vmap(grad(loss), in_dims=(None, None, 0, 0))`` returns a gradient for each sample. All
 of them together hold samples x parameters numbers. If you need only their norms, return
 norms and set ``chunk_size``. Where each parameter is in one call of a linear layer, an
-embedding or a layer norm (not ``nn.MultiheadAttention``), two backward passes clip.
+embedding or a layer norm (not ``nn.MultiheadAttention``), two backward passes of the
+batch give the clipped mean.
 
 **Before you start**, know the `PyTorch basics
 <https://docs.pytorch.org/tutorials/beginner/basics/intro.html>`_.
@@ -235,7 +236,8 @@ def squares_of(layer, a, d):
 # Hooks collect each :math:`a`, and the place of the output in the graph. All tensors
 # must have the batch as their first dimension. A trainable parameter without a formula,
 # or in two calls of layers, is refused, and so is an input without the batch (tested).
-# Other uses, such as ``F.linear(x, layer.weight)``, are not seen.
+# Other uses, such as ``F.linear(x, layer.weight)``, and layers that mix samples, such
+# as a batch norm without weights, are not seen.
 
 
 def has_formula(layer):
@@ -357,15 +359,15 @@ for way, held, t in zip(names, [128, *chunks, 0, 1], times, strict=True):
 # %%
 # "Gradients" are those that exist at once, without the layer norm's in the formula. The
 # peak of ``vmap`` is up to twice as high; that of the formula, which holds activations
-# and tables, is between those of chunks of 16 and of 64 (tested on a CPU). **A chunk
-# that is not slower saves memory at no cost**; take a slower one only when memory runs
-# out.
+# and tables, is between those of chunks of 16 and of 64 (tested on a CPU). **Where no
+# difference is seen, take the smaller chunk**; take a slower one only when memory runs
+# out. To clip, the formula needs a second backward pass, which is not in its time.
 #
 # The mistake: batch norm
 # -----------------------
 #
 # In train mode, batch norm uses the statistics of the batch. **The gradient of a sample
-# then depends on the other samples**, and inside of ``vmap`` there are none:
+# then depends on the other samples**, and inside ``vmap`` a sample is alone:
 
 model = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
 model = model.to(device)
