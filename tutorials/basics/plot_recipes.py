@@ -115,7 +115,7 @@ optimizer.zero_grad()
 losses.sum().backward()
 optimizer.step()
 skeleton.eval()  # before you predict
-print("losses:", " ".join(f"{loss:.2f}" for loss in losses))
+print("losses", list(losses.shape), "one for each member")
 
 # %%
 # A different dropout mask for each member
