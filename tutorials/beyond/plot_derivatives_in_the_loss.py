@@ -338,9 +338,10 @@ with torch.no_grad():
 print(f"largest second derivative of a ReLU network: {seconds.abs().max():.1f}")
 
 # %%
-# Other mistakes without a message (tested): without ``argnums=1`` you get the gradients
-# by the parameters, ``no_grad`` inside ``u`` makes every slope 0, and with the two
-# ``vmap`` of shared points swapped the result is ``[points, members, d]``.
+# Other mistakes (tested): without ``argnums=1``, ``grad(u)`` is a dictionary of
+# gradients by the parameters, and an error comes later, if at all. Without a message,
+# ``no_grad`` inside ``u`` makes every slope 0, and with the two ``vmap`` of shared
+# points swapped the result is ``[points, members, d]``.
 #
 # Remember
 # --------

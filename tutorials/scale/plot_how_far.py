@@ -305,4 +305,4 @@ fig.set_label(
 # ---------
 #
 # PyTorch: `torch.cuda.max_memory_reserved
-# <https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.max_memory_allocated.html>`_.
+# <https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.max_memory_reserved.html>`_.

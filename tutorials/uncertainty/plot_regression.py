@@ -174,9 +174,9 @@ for kind, rows in kinds.items():
 #
 # The ensemble's rivals:
 #
-# - **noise alone**, the mistake that people make: the average of the members' variances
-#   looks like the variance of the ensemble, but members that are sure of ten different
-#   values come out sure.
+# - **noise alone**, the mistake that people make: the average of the members'
+#   variances. Ten members can each be sure of a different value; this average stays
+#   small although they contradict each other.
 # - **best of ten**: the member with the lowest validation loss.
 # - **wide**: one network with the parameters of ten members (tested), at the best of
 #   three learning rates by 40 validation rows, a noisy choice. The ensemble has one
@@ -204,9 +204,9 @@ print("splits that chose each rate:", dict(zip(rates, counts, strict=True)))
 # A **lead** is the ensemble's coverage minus its rival's (wider bars tend to lead, so
 # read the NLL, too), the mean over the splits (and its standard error). It is clear
 # beyond three standard errors (before rounding; chance alone: about one in a hundred;
-# over noise alone, a lead is never negative). Splits share cars: for new cars like
-# those trained on, the standard error is about twice this, so there only a lead of six
-# of them is clear, whatever is printed.
+# over noise alone, a lead is never negative). All splits are of one table and share
+# cars, so a clear lead is one on these cars: for new cars like those trained on, the
+# standard error is about twice this.
 
 
 def covered(mean, var, y):
@@ -234,8 +234,8 @@ for kind, rows in kinds.items():
 
 # %%
 # **If the ensemble clearly leads for the kind left out, and its NLL is the lowest, its
-# disagreement beats these three rivals there.** If its coverage is below 95 %, it
-# notices too little: members share an error that their disagreement does not show. A
+# disagreement beats these three rivals there.** If its coverage is below 95 %, the
+# whole bar is too narrow: its noise comes from other cars, or members share an error. A
 # short run with five members: with American cars left out, its coverage is above a wide
 # network's, too; with Europe's or Japan's, at most 5 points below (tested).
 #

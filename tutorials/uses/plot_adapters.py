@@ -338,7 +338,7 @@ def forms(n):
 names = "one call, adapters", "one call, own copies"
 sizes, gains = [1, 8, 64] if device == cpu else [1, 32, 512], []
 for n in sizes:
-    (loop, *_), *rest = in_turns(*forms(n), seconds=0.5)
+    (loop, *_), *rest = in_turns(*forms(n), seconds=1.0)
     gains.append([gain for _, *gain in rest])
     print(f"{n} users: loop {loop * 1e3:.3g} ms a step")
     for name, (seconds, *gain) in zip(names, rest, strict=True):
@@ -359,6 +359,8 @@ for k, (name, marker) in enumerate(zip(names, "os", strict=True)):
     ax.fill_between(sizes, low, high, alpha=0.3)
 ax.axhline(1, color="gray")
 ax.set(xscale="log", yscale="log", xlabel="users", ylabel="time of loop / time of form")
+ax.set_xticks(sizes, sizes)
+ax.minorticks_off()
 ax.set_title(f"A training step, float32\n{where}")
 ax.legend()
 for (name, values), marker in zip(held.items(), "os", strict=True):

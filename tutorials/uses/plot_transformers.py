@@ -172,7 +172,7 @@ except RuntimeError as error:
 # data-dependent control flow, except for GPT-2 with "eager" attention (not tested).
 # With "eager", a mask of booleans gives other numbers, without an error.
 #
-# All of this is tested.
+# All else here is tested.
 #
 # Generate with a cache
 # ---------------------
@@ -354,7 +354,7 @@ for width, length, n in cases:
     for task, ways in forms(n, width, length):
         (loop, *_), *calls = in_turns(*ways, seconds=0.3)
         gains[task].append([gain for _, *gain in calls])
-        print(f"{n} models, width {width}, {length} tokens, {task}: ", end="")
+        print(f"{n} x width {width}, {length} tokens, {task}: ", end="")
         print(f"loop {loop * 1e3:.3g} ms")
         for name, (once, *gain) in zip(("fused", "MATH"), calls, strict=True):
             print(f"    one call, {name}: {once * 1e3:.3g} ms, {said(*gain)}")
@@ -362,7 +362,7 @@ torch.backends.mha.set_fastpath_enabled(True)
 
 # %%
 
-labels = [f"{n} models, width {width}, {length} tokens" for width, length, n in cases]
+labels = [f"{n} x width {width}, {length} tokens" for width, length, n in cases]
 fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 4.5), layout="constrained")
 for ax, (task, pairs) in zip(axes, gains.items(), strict=True):
     for k, (name, marker) in enumerate([("fused", "o"), ("MATH", "^")]):
@@ -373,9 +373,11 @@ for ax, (task, pairs) in zip(axes, gains.items(), strict=True):
         )
     ax.axvline(1, color="gray")
     ax.set(xscale="log", title=task, xlabel="time of loop / time of one call")
+    ax.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+    ax.minorticks_off()
 axes[0].set_yticks(range(len(cases)), labels)
 axes[0].invert_yaxis()
-axes[0].legend(title="one call with")
+axes[1].legend(title="one call with", loc="lower right")
 fig.suptitle(
     f"Encoders of two layers, float32, {where} (right of 1: one call is faster)"
 )
