@@ -67,7 +67,6 @@ MOVED = {
         "the-mistake-to-plan-from-one-measurement": (
             "the-mistake-to-multiply-the-time-of-one-model"
         ),
-        "references": "reference",
     },
     "auto_tutorials/speed/plot_fastest_ensemble": {
         "two-side-steps-on-step-2-threads-or-a-cuda-graph": (

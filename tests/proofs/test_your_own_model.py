@@ -163,6 +163,11 @@ def test_a_batch_of_its_own_for_each_model():
         assert apart < 1e-12
 
 
+def test_a_result_that_is_no_number_is_no_agreement():
+    there, nowhere = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    assert not PAGE["apart"]([there, nowhere], [there, there]) < 1e-10
+
+
 def test_a_hidden_loop_is_named():
     build = ACCEPTED["encoder"][0]
     looping = PAGE["loops"](build, (TIMES,), train=False)

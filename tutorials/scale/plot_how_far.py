@@ -301,8 +301,8 @@ fig.set_label(
 # - ``plot_many_devices.py``: a share of the models for each device.
 # - ``plot_saving.py``: to keep the models of a group before the next one starts.
 #
-# Reference
-# ---------
+# References
+# ----------
 #
 # PyTorch: `torch.cuda.max_memory_reserved
 # <https://docs.pytorch.org/docs/stable/generated/torch.cuda.memory.max_memory_reserved.html>`_.

@@ -130,7 +130,7 @@ for i, model in enumerate(models):
     member = parameters_to_vector([p[i] for p in params.values()])
     distances.append((parameters_to_vector(model.parameters()) - member).abs().max())
 
-worst = max(distances).item()
+worst = torch.stack(distances).max().item()
 assert worst < 1e-10, f"trained together is not trained alone: {worst:.0e} apart"
 print(f"together and alone: at most {worst:.0e} apart")
 

@@ -121,7 +121,7 @@ loop = torch.stack([m(*row) for m, *row in zip(trio, x, padding, strict=True)])
 pairs = [(out, loop)]
 for name, weight in weights.items():
     pairs.append((weight.grad, torch.stack([m.get_parameter(name).grad for m in trio])))
-far = max((a - b).abs().max().item() for a, b in pairs)
+far = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
 print(f"outputs and gradients, largest difference from a loop: {far:.0e}")
 assert far < 1e-10, "one call is not the loop"
 
@@ -297,8 +297,8 @@ def said(gain, low, high):
 
 # %%
 # In training, each side gets one fused Adam and one backward pass for all models, and
-# no dropout, with which CPUs have no fused kernel. To predict, the loop gets the fast
-# path where that is the faster one. A model has a minibatch of 8 lists.
+# no dropout. To predict, the loop gets the fast path where that is the faster one. A
+# model has a minibatch of 8 lists.
 
 
 def train_step(way, optimizer):
