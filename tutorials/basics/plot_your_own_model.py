@@ -190,8 +190,8 @@ def loop(models, batch):
 def apart(one_call, looped):
     pairs = [*zip(tree_leaves(one_call), tree_leaves(looped), strict=True)]
     largest = max([b.abs().max().item() for _, b in pairs], default=0)
-    far = torch.tensor([0.0, *[(a - b).abs().max() for a, b in pairs]])  # keeps nan
-    return far.max().item() / (largest or 1)
+    far = [(a - b).abs().max().item() for a, b in pairs]
+    return torch.tensor([0.0, *far]).max().item() / (largest or 1)  # keeps nan
 
 
 # %%
