@@ -356,6 +356,7 @@ print(f"20 steps in float64: together and alone are {off:.0e} apart")
 # Next
 # ----
 #
+# - ``plot_intervals.py``: intervals that hold, however long the members are trained.
 # - ``plot_more_members.py``: how many members are enough, and a fair rival.
 # - ``plot_unknown_inputs.py``: the same question for images.
 #
