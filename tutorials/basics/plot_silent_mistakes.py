@@ -310,6 +310,7 @@ torch.testing.assert_close(state_grads["weight"], looped, rtol=0, atol=1e-10)
 # Next
 # ----
 #
+# - ``plot_custom_operators.py``: a kernel or an ``autograd.Function`` of your own.
 # - ``plot_recurrent.py``: what to do where an LSTM or a GRU is refused.
 # - ``plot_your_own_model.py`` asks your own module these questions.
 # - ``plot_state.py``: batch norm, dropout, tied weights.

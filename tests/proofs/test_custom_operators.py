@@ -1,0 +1,185 @@
+"""plot_custom_operators.py: what it says of rules, orders, warnings, compiled code."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from pages import names_of, text_of
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+NAME = "basics/plot_custom_operators"
+SEEN = []
+PAGE = names_of(
+    NAME,
+    *("kernel", "gradients", "members_first", "Sign", "Scan", "LibraryScan", "Wrapped"),
+    *("WrappedGradient", "scan_backward", "ScanOp", "CallsTheKernel", "plain_scan"),
+    seen=SEEN,
+)
+Scan, ScanOp, kernel = PAGE["Scan"], PAGE["ScanOp"], PAGE["kernel"]
+A, X = torch.rand(5, 8).double(), torch.randn(5, 8).double()
+
+
+def operator(name, rule=True):
+    """As the page makes it."""
+    made = torch.library.custom_op(f"proofs::{name}", kernel, mutates_args=())
+    made.register_fake(lambda a, x: torch.empty_like(x))
+    if rule:
+        made.register_vmap(rule_of(made))
+    made.register_autograd(PAGE["scan_backward"], setup_context=Scan.setup_context)
+    return made
+
+
+def rule_of(made):
+    return lambda info, dims, *t: (made(*PAGE["members_first"](info, dims, *t)), 0)
+
+
+WITHOUT = operator("without", rule=False)
+SCAN = PAGE["scan"] = operator("scan")
+
+
+def loss_of(op):
+    return lambda a, x: op(a, x).sin().sum()
+
+
+def slopes_of(op, a, x):
+    """Of one member after the other, without torch.func."""
+    a, x = a.clone().requires_grad_(), x.clone().requires_grad_()
+    total = sum(loss_of(op)(*rows) for rows in zip(a, x, strict=True))
+    return torch.autograd.grad(total, (a, x))
+
+
+SLOPES = slopes_of(PAGE["plain_scan"], A, X)
+
+
+def counted(call):
+    SEEN.clear()
+    return call(), len(SEEN)
+
+
+def test_the_backward_is_the_derivative():
+    inputs = A[0].clone().requires_grad_(), X[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(Scan.apply, inputs)
+    assert torch.autograd.gradgradcheck(Scan.apply, inputs)
+
+
+@pytest.mark.parametrize("form", [Scan, PAGE["Wrapped"], ScanOp])
+def test_inputs_that_all_share_and_nested_calls(form):
+    for dims, a, x in ((None, 0), A[0], X), ((0, None), A, X[0]), ((1, 1), A.T, X.T):
+        found, calls = counted(lambda d=dims, a=a, x=x: vmap(form.apply, d)(a, x))
+        rows = [
+            t.expand(5, 8) if d is None else t.movedim(d, 0)
+            for d, t in zip(dims, (a, x), strict=True)
+        ]
+        torch.testing.assert_close(found, kernel(*rows))
+        assert calls == 1
+        slope = vmap(grad(loss_of(form.apply), (0, 1)), dims)
+        torch.testing.assert_close(slope(a, x), slopes_of(PAGE["plain_scan"], *rows))
+    nested, calls = counted(lambda: vmap(vmap(form.apply))(A[None], X[None]))
+    assert calls == 1
+    torch.testing.assert_close(nested[0], kernel(A, X))
+
+
+def narrow(a, x):
+    """Takes one batch dimension."""
+    assert x.ndim == 2
+    return kernel(a, x)
+
+
+def single(a, x):
+    """Takes none."""
+    assert x.ndim == 1
+    return kernel(a, x)
+
+
+@pytest.mark.parametrize("taken", [narrow, single])
+def test_a_kernel_that_takes_one_batch_dimension_or_none(taken):
+    flat, parted, stacked = re.findall(
+        r"``(t\.flatten.+?|y\.unflatten.+?|torch\.stack\(\[Scan.+?)``",
+        re.sub(r"\n# *", " ", text_of(NAME)),
+    )
+    names = names_of(NAME, "Scan", "gradients", "members_first", kernel=taken)
+    rule = "def rule(info, in_dims, *tensors):\n"
+    rule += "    members = members_first(info, in_dims, *tensors)\n"
+    if taken is narrow:
+        rule += f"    y = Scan.apply(*[{flat} for t in members])\n"
+    exec(rule + f"    return {parted if taken is narrow else stacked}", names)
+    op, rows = names["Scan"], (3,) * (taken is narrow)
+    op.vmap = staticmethod(names["rule"])
+    a, x = torch.rand(5, *rows, 8).double(), torch.randn(5, *rows, 8).double()
+    found, calls = counted(lambda: vmap(op.apply, out_dims=1)(a, x))
+    torch.testing.assert_close(found.movedim(1, 0), kernel(a, x))
+    assert calls == (1 if rows else 5)
+    found = vmap(grad(loss_of(op.apply), (0, 1)))(a, x)
+    torch.testing.assert_close(found, slopes_of(Scan.apply, a, x))
+
+
+def test_a_kernel_in_backward_needs_a_function():
+    class Direct(Scan):
+        @staticmethod
+        def backward(ctx, g):
+            return PAGE["gradients"](g, *ctx.saved_tensors, kernel)
+
+        @staticmethod
+        def vmap(info, in_dims, *tensors):
+            return Direct.apply(*PAGE["members_first"](info, in_dims, *tensors)), 0
+
+    with pytest.raises(RuntimeError, match="that doesn't have storage"):
+        vmap(grad(loss_of(Direct.apply)))(A, X)
+
+
+def test_a_rule_by_name():
+    library = torch.library.Library("proofs", "FRAGMENT")
+    library.define("named(Tensor a, Tensor x) -> Tensor")
+    library.impl("named", kernel, "CPU")
+    op = torch.ops.proofs.named.default
+    _, calls = counted(lambda: vmap(op)(A, X))
+    assert calls == 5
+    torch.library.register_vmap("proofs::named", rule_of(op), lib=library)
+    found, calls = counted(lambda: vmap(op)(A, X))
+    assert calls == 1
+    torch.testing.assert_close(found, kernel(A, X))
+
+
+def test_neither_filter_nor_opcheck_finds_the_loop():
+    with warnings.catch_warnings(action="error"):
+        _, calls = counted(lambda: vmap(WITHOUT)(A, X))
+    assert calls == 5
+    with warnings.catch_warnings(action="ignore"):
+        inputs = A.clone().requires_grad_(), X.clone().requires_grad_()
+        assert set(torch.library.opcheck(WITHOUT, inputs).values()) == {"SUCCESS"}
+
+
+def test_a_rule_that_calls_the_kernel_is_right_in_one_order():
+    op = PAGE["CallsTheKernel"].apply
+    found = vmap(grad(loss_of(op), (0, 1)))(A, X)
+    torch.testing.assert_close(found, SLOPES)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        vmap(op)(A, X.clone().requires_grad_()).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_forward_mode():
+    assert not jvp(SCAN, (A, X), (A, X))[1].any()
+    assert not jacfwd(SCAN, argnums=1)(A[0], X[0]).any()
+    for transform in jacfwd, hessian:
+        with pytest.raises(NotImplementedError, match="implement the jvp function"):
+            transform(loss_of(Scan.apply))(A[0], X[0])
+    for op in Scan.apply, ScanOp.apply:
+        found = vmap(jacrev(jacrev(loss_of(op), 1), 1))(A, X)
+        rows = zip(A, X, strict=True)
+        loop = [hessian(loss_of(PAGE["plain_scan"]), 1)(*row) for row in rows]
+        torch.testing.assert_close(found, torch.stack(loop))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_allowed_in_the_graph_a_function_keeps_its_backward(backend):
+    for op in PAGE["Sign"], ScanOp:
+        torch.compiler.allow_in_graph(op)
+    slopes = vmap(grad(lambda x: PAGE["Sign"].apply(x).sum()))
+    both = vmap(grad(loss_of(ScanOp.apply), (0, 1)))
+    with warnings.catch_warnings(action="ignore"):
+        found = torch.compile(slopes, backend=backend)(X)
+        torch.testing.assert_close(found, slopes(X))
+        found = torch.compile(both, backend=backend)(A, X)
+        torch.testing.assert_close(found, SLOPES)
