@@ -346,6 +346,7 @@ for n in (10, 20, 60):
 # Next
 # ----
 #
+# - ``plot_chains.py``: chains over the weights, and how near an ensemble comes.
 # - ``plot_more_members.py``: how many members, or one larger network.
 # - ``plot_data.py``: own subsets and folds for each member, in minibatches.
 #
