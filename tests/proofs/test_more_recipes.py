@@ -1,0 +1,145 @@
+"""What plot_more_recipes.py says: each recipe needs the set-up alone, and clauses."""
+
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from pages import cells_of
+from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CODE = [cell for cell in cells_of("uses/plot_more_recipes") if cell.code]
+RECIPES = {}
+for cell in CODE:
+    RECIPES[cell.heading] = RECIPES.get(cell.heading, "") + cell.code + "\n"
+SETUP = RECIPES.pop(CODE[0].heading)
+STACKS = {"params": "models", "graph_params": "nets", "tables": "bags"}
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """What the set-up defines, in a module that torch.compile finds."""
+    module = types.ModuleType("recipes")
+    monkeypatch.setitem(sys.modules, "recipes", module)
+    exec(SETUP, vars(module))
+    return vars(module)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def recipe(start):
+    (code,) = (code for title, code in RECIPES.items() if title.startswith(start))
+    return code
+
+
+def loops(call):
+    """Whether a call warns that it runs once for each member."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return any("performance drop" in str(warning.message) for warning in found)
+
+
+@pytest.mark.parametrize("heading", RECIPES)
+def test_it_needs_the_setup_alone_and_runs_twice(names, heading, capsys):
+    exec(RECIPES[heading], names)
+    first = capsys.readouterr().out
+    assert first.count("\n") in (1, 2)
+    exec(RECIPES[heading], names)
+    assert capsys.readouterr().out == first
+
+
+def test_they_run_in_any_order(names):
+    for heading in reversed(RECIPES):
+        exec(RECIPES[heading], names)
+
+
+TRIED = {title: code for title, code in RECIPES.items() if "mistake" not in title}
+TRIED |= {way: recipe("Gr").replace('"mean"', f'"{way}"') for way in ("sum", "amax")}
+
+
+@pytest.mark.parametrize("code", TRIED.values(), ids=TRIED)
+def test_it_is_its_loop_in_float64_and_so_are_gradients(double, names, code):
+    checked = []
+
+    def check(at_once, loop):
+        loop = torch.stack([*loop])
+        torch.testing.assert_close(at_once, loop, **EXACT)
+        checked.append(at_once.dtype)
+        weight = torch.randn_like(loop)
+        for stack in STACKS.keys() & names.keys() if at_once.requires_grad else ():
+            nets = [dict(net.named_parameters()) for net in names[STACKS[stack]]]
+            for name, p in names[stack].items():
+                alone = [net[name] for net in nets]
+                options = {"retain_graph": True, "materialize_grads": True}
+                (found,) = torch.autograd.grad(at_once, p, weight, **options)
+                expected = torch.autograd.grad(loop, alone, weight, **options)
+                torch.testing.assert_close(found, torch.stack(expected), **EXACT)
+
+    names["check"] = check
+    exec(code, names)
+    assert set(checked) == {torch.float64}
+
+
+def test_a_minibatch_of_graphs_is_one_graph_and_own_graphs_run_at_once(names):
+    exec(recipe("Graph"), names)
+    net, graphs = names["nets"][0], names["graphs"]
+    before = torch.tensor([0, *[len(x) for x, _ in graphs]]).cumsum(0).tolist()
+    pairs = zip(graphs, before[:-1], strict=True)
+    edges = torch.cat([edges + first for (_, edges), first in pairs], dim=1)
+    expected = torch.cat([net(*graph) for graph in graphs])
+    torch.testing.assert_close(net(torch.cat([x for x, _ in graphs]), edges), expected)
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            called.append(operator.overloadpacket.__name__)
+            return operator(*args, **(kwargs or {}))
+
+    called, own = [], (torch.stack(names["own"]), torch.stack(names["joined"]))
+    with Record():
+        vmap(names["run"])(names["graph_params"], *own)
+    assert called.count("scatter_reduce") == 2  # of two layers
+
+
+def test_what_loops_is_refused_or_stops_early(names):
+    for start in "Multiply", "A bag", "Solve an ODE for all members: steps":
+        exec(recipe(start), names)
+    A, params, tables, x = (names[name] for name in ("A", "params", "tables", "x"))
+    own = torch.randn(10, 20, 8)
+    assert loops(lambda: vmap(torch.sparse.mm, (None, 0))(A, own))
+    with pytest.raises(RuntimeError, match="expand is unsupported for Sparse"):
+        vmap(lambda x: A @ x)(own)
+    with warnings.catch_warnings(action="ignore"):  # that CSR is in beta
+        csr = names["multiply"](A.to_sparse_csr(), own)
+    torch.testing.assert_close(csr, names["multiply"](A, own))
+
+    whole, tokens = names["functional_call"], names["tokens"]
+    call = lambda state: whole(names["bags"][0], state, (tokens,))  # noqa: E731
+    assert loops(lambda: vmap(call)(tables))
+    assert not loops(lambda: vmap(names["bag"], (0, None))(tables["weight"], tokens))
+
+    _, t = vmap(lambda params: names["solve_to"](params, x, max_steps=3))(params)
+    assert (t < 1).all()
+
+
+def test_what_hooks_keep_and_zeros_of_what_is_shared(names):
+    kept, hook = [], names["skeleton"].body.register_forward_hook
+    with hook(lambda *call: kept.append(call[-1])):
+        vmap(names["predict"], (0, None))(names["params"], names["x"])
+    with pytest.raises(RuntimeError, match="may have escaped"):
+        kept[0] + 1
+
+    def fill(weight, x):
+        return x.new_zeros(20, 8).add_(x * weight)
+
+    with pytest.raises(RuntimeError, match="there exists a Tensor"):
+        vmap(fill, (0, None))(torch.randn(10, 8), names["x"])
