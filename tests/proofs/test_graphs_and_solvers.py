@@ -79,8 +79,6 @@ def test_layers_of_torch_geometric(kind):
 
 
 def test_the_worst_member_decides_in_torchdiffeq():
-    from torchdiffeq import odeint
-
     text = text_of("uses/plot_more_recipes")
     (block,) = re.findall(r"block:: none\n#\n((?:#(?:    .*)?\n)+)", text)
     code = re.sub(r"^#(    )?", "", block, flags=re.MULTILINE)
@@ -90,7 +88,7 @@ def test_the_worst_member_decides_in_torchdiffeq():
         calls.append(rate)
         return rate * torch.stack([z[..., 1], -z[..., 0]], dim=-1)
 
-    names = {"vmap": vmap, "torch": torch, "odeint": odeint, "x": x}
+    names = {"vmap": vmap, "torch": torch, "x": x}
     names |= {"predict": slope, "params": rates, "num_models": 10}
 
     def try_it(code):

@@ -133,17 +133,18 @@ check(real, torch.cat([net(*graph) for net, graph in zip(nets, graphs, strict=Tr
 # %%
 # **From torch_geometric** (tested with version 2.8.1, not run here): ``SAGEConv``,
 # ``TransformerConv``, ``GCNConv``, ``GATConv`` and ``GATv2Conv`` run on one graph. On
-# own graphs the last three are refused, because they replace self-loops. Do that to each
-# graph before you pad it, and pass ``add_self_loops=False``; to ``GCNConv``, pass the
-# weights of ``gcn_norm``, padded with zeros, and ``normalize=False``.
+# own graphs the last three are refused, because they replace self-loops. Do that to
+# each graph before you pad it, and build them with ``add_self_loops=False``, but
+# ``GCNConv`` with ``normalize=False``, called with the edges and weights of
+# ``gcn_norm``.
 #
 # Multiply by a sparse matrix
 # ---------------------------
 #
 # Inside of ``vmap``, ``A @ x`` with a sparse ``A`` is refused, and ``torch.sparse.mm``
 # runs once for each member (tested). Outside, one product serves all members, which
-# become columns. The layout of ``A`` may be ``torch.sparse_coo`` or ``torch.sparse_csr``
-# (tested).
+# become columns. The layout of ``A`` may be ``torch.sparse_coo`` or
+# ``torch.sparse_csr`` (tested).
 
 A = (torch.rand(20, 20, device=device) < 0.1).to(x.dtype).to_sparse()  # yours
 
@@ -186,7 +187,7 @@ check(out, [solve(dict(m.named_parameters()), x) for m in models])
 # ------------------------------------------------
 #
 # A ``while`` until the end is refused, because its test would hold for some members
-# only. Take the largest number of steps for all, and let ``torch.where`` keep or drop
+# only. Here all members compute ``max_steps`` steps, and ``torch.where`` keeps or drops
 # each. **Return the time, and assert it**: with too few steps, a member stops early
 # without an error.
 
@@ -212,10 +213,13 @@ check(out, [solve_to(dict(m.named_parameters()), x)[0] for m in models])
 
 # %%
 # **With torchdiffeq**, call the solver outside, with all members in the right-hand
-# side. They share each step. Its usual norm is a mean over all of them, so give it one
-# by which the worst member decides. (Not run here; tested with torchdiffeq 0.2.5.)
+# side. They share each step, and its usual norm is a mean over all of them: the fastest
+# of ten oscillators then has more than twice the error that it has alone. Give it a
+# norm by which the worst member decides. (Tested with version 0.2.5, not run here.)
 #
 # .. code-block:: none
+#
+#    from torchdiffeq import odeint
 #
 #    def worst(z):  # [10, 20, 8] -> []
 #        return z.flatten(1).square().mean(dim=1).sqrt().max()
