@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
@@ -114,6 +115,29 @@ def test_a_kernel_that_takes_one_batch_dimension_or_none(taken):
     torch.testing.assert_close(found, slopes_of(Scan.apply, a, x))
 
 
+def test_a_number_has_no_row_and_two_outputs_have_two_out_dims():
+    class Both(Scan):
+        forward = staticmethod(lambda a, x, k: (kernel(a, x), kernel(a, k * x)))
+
+        @staticmethod
+        def vmap(info, in_dims, *inputs):
+            assert in_dims[2] is None
+            members = PAGE["members_first"](info, in_dims[:2], *inputs[:2])
+            return Both.apply(*members, inputs[2]), (0, 0)
+
+    one, two = vmap(lambda a, x: Both.apply(a, x, 3.0))(A, X)
+    torch.testing.assert_close(two, 3 * one)
+
+
+def test_a_module_of_a_library_takes_the_wrapped_class():
+    module = ModuleType("module")
+    module.LibraryScan = PAGE["LibraryScan"]
+    exec("def layer(a, x):\n    return LibraryScan.apply(a, x)", vars(module))
+    module.LibraryScan = PAGE["Wrapped"]
+    found = vmap(grad(loss_of(module.layer), (0, 1)))(A, X)
+    torch.testing.assert_close(found, SLOPES)
+
+
 def test_a_kernel_in_backward_needs_a_function():
     class Direct(Scan):
         @staticmethod
@@ -135,7 +159,7 @@ def test_a_rule_by_name():
     op = torch.ops.proofs.named.default
     _, calls = counted(lambda: vmap(op)(A, X))
     assert calls == 5
-    torch.library.register_vmap("proofs::named", rule_of(op), lib=library)
+    torch.library.register_vmap("proofs::named", rule_of(op))
     found, calls = counted(lambda: vmap(op)(A, X))
     assert calls == 1
     torch.testing.assert_close(found, kernel(A, X))
@@ -183,3 +207,20 @@ def test_allowed_in_the_graph_a_function_keeps_its_backward(backend):
         torch.testing.assert_close(found, slopes(X))
         found = torch.compile(both, backend=backend)(A, X)
         torch.testing.assert_close(found, SLOPES)
+
+
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="mended after 2.13")
+def test_compiled_code_drops_the_backward_in_each_order():
+    class Fresh(PAGE["Sign"]):
+        """Not allowed in a graph."""
+
+    def loss(x):
+        return Fresh.apply(x).sum()
+
+    x = X.clone().requires_grad_()
+    with warnings.catch_warnings(action="ignore"):
+        assert not torch.compile(grad(loss), backend="eager")(X).any()
+        torch.compile(vmap(loss), backend="eager")(x).sum().backward()
+        assert not x.grad.any()
+        torch.compile(loss, backend="eager")(x).backward()
+    assert torch.equal(x.grad, grad(loss)(X))

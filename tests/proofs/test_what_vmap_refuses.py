@@ -69,7 +69,7 @@ embed = partial(F.embedding, sparse=True)
 draw, stack = partial(vmap, randomness="different"), stack_module_state
 inside = partial(checkpoint, use_reentrant=False)
 slope, solve, f = torch.autograd.grad, solve_ivp, torch.tanh
-cond, while_loop = torch.cond, torch.while_loop
+cond, while_loop, jacrev = torch.cond, torch.while_loop, torch.func.jacrev
 
 
 @torch.library.custom_op("refuses::twice", mutates_args=())
@@ -143,6 +143,7 @@ backward() called inside = vmap(lambda x: x.sum().backward())(XS)
 does not require grad and does not have = vmap(lambda x: slope(x.sum(), x))(XS)
 override the setup_context staticmethod = vmap(OldSign.apply)(XS)
 does not have vmap support = vmap(NoRule.apply)(XS)
+You must implement the jvp function = torch.func.hessian(times(Reverse.apply))(YS[0])
 don't yet support saved tensor hooks = grad(lambda x: inside(torch.sum, x))(XS)
 your tensor may have escaped = vmap(KEPT.append, out_dims=None)(XS), KEPT[0] + 1
 stack expects each tensor to be equal size = stack([nn.Linear(6, 2), nn.Linear(6, 3)])
@@ -247,6 +248,7 @@ grad(finite)(y) = torch.where(y > 0, 0.5 / y.abs().sqrt(), 0)
 grad(times(Sign.apply))(y) = of_gradient(times(OldSign.apply), y)
 grad(times(Reverse.apply))(y) = 2 * y.flip(-1)
 grad(times(Twice.apply))(y) = 4 * y
+jacrev(jacrev(times(Reverse.apply)))(y) = 2 * torch.eye(8).double().flip(-1)
 """
 
 

@@ -61,9 +61,9 @@ class Sign(Function):
 # A kernel: a ``vmap`` staticmethod
 # ---------------------------------
 #
-# The kernel is the recurrence of state-space models, ``y[t] = a[t] * y[t - 1] + x[t]``,
-# and notes the shape of what it gets. It is NumPy and stands for yours: this page has
-# run no kernel in C++ or Triton.
+# The kernel here is the recurrence of state-space models, ``y[t] = a[t] * y[t - 1] +
+# x[t]``. It is NumPy and stands for yours: this page has run no kernel in C++ or
+# Triton, and nothing on a GPU. It notes the shape of what it gets.
 
 seen = []
 
@@ -80,6 +80,11 @@ def gradients(g, a, y, scan):
     """By a and x. The one by x is the same recurrence, backwards in time."""
     gx = scan(a.flip(-1).roll(1, -1), g.flip(-1)).flip(-1)
     return gx * F.pad(y[..., :-1], (1, 0)), gx
+
+
+# %%
+# The lines to copy are the rule: move the members to dimension 0, and call the
+# ``Function`` again.
 
 
 def members_first(info, in_dims, *tensors):
@@ -112,7 +117,7 @@ class Scan(Function):
 # %%
 # - ``in_dims`` has an entry for each input: the dimension of the members, or ``None``
 #   for what all share. ``out_dims`` has the structure of the output, ``(0, 0)`` for
-#   two.
+#   two. A number has ``None`` too: leave it out of ``members_first``.
 # - **A kernel in** ``backward`` needs a ``Function`` as well, here the same one: under
 #   ``grad``, the tensors in ``backward`` have no storage.
 # - ``expand`` and ``movedim`` return views. Add ``.contiguous()`` if your kernel needs
@@ -128,10 +133,9 @@ class Scan(Function):
 # The ``Function`` of a library
 # -----------------------------
 #
-# ``vmap`` and ``grad`` refuse the old form, ``forward(ctx, ...)``. A class that you
-# cannot change, with tensors as inputs and a kernel that takes leading dimensions, you
-# can wrap: one ``Function`` for the call, and one for its gradient, which runs the
-# forward again.
+# ``vmap`` and ``grad`` refuse a ``forward`` with ``ctx``, and libraries have such
+# classes [1]. You can wrap one without changing it: a ``Function`` for the call, and
+# another for its gradient, which runs the forward again.
 
 
 class LibraryScan(Function):  # stands for the class of a library
@@ -144,6 +148,9 @@ class LibraryScan(Function):  # stands for the class of a library
     @staticmethod
     def backward(ctx, g):
         return gradients(g, *ctx.saved_tensors, kernel)
+
+
+# %%
 
 
 class Wrapped(Function):
@@ -177,11 +184,16 @@ class WrappedGradient(Function):
 
     @staticmethod
     def vmap(info, in_dims, *tensors):
-        members = members_first(info, in_dims, *tensors)
-        return WrappedGradient.apply(*members), (0, 0)  # two inputs, two gradients
+        return WrappedGradient.apply(*members_first(info, in_dims, *tensors)), (0, 0)
 
 
 # %%
+# - ``(0, 0)`` stands for two gradients, since there are two inputs.
+# - Write options, such as ``causal``, into both calls of ``LibraryScan.apply``.
+# - Where a module of the library calls the class, assign
+#   ``module.LibraryScan = Wrapped`` (tested).
+# - If its kernel takes no leading dimensions, change both rules as said above.
+#
 # ``torch.library.custom_op``: ``register_vmap``
 # ----------------------------------------------
 #
@@ -207,7 +219,7 @@ scan.register_autograd(scan_backward, setup_context=Scan.setup_context)
 # This is enough for ``vmap(loss)(params, x).sum().backward()``. But ``torch.func.grad``
 # refuses it, in words about a class that you did not write: ``In order to use an
 # autograd.Function with functorch transforms ... it must override the setup_context
-# staticmethod`` [1]. Put a ``Function`` around it:
+# staticmethod`` [2]. Put a ``Function`` around it:
 
 
 class ScanOp(Function):
@@ -230,7 +242,8 @@ class ScanOp(Function):
 # Five members, beside a loop of plain PyTorch with the gradients of autograd. The
 # members of ``a`` are in dimension 0, those of ``x`` in dimension 1.
 
-a, x = torch.rand(5, 8, **double), torch.randn(8, 5, **double)
+a = torch.rand(5, 8, **double, requires_grad=True)
+x = torch.randn(8, 5, **double, requires_grad=True)
 
 
 def plain_scan(a, x):
@@ -246,30 +259,23 @@ def plain_sign(a, x):
 
 
 # %%
-# "Backward outside" is ``vmap(loss)(...).sum().backward()``. "2 x" says that the kernel
-# ran twice, forward and backward together; the number beside it is the largest
+# "Backward outside" is ``vmap(loss)(a, x).sum().backward()``. "2 x" says that the
+# kernel ran twice, forward and backward together; beside it stands the largest
 # difference.
 
 
 def try_out(op, plain):
-    """Of each way: calls of the kernel, and the largest difference from the loop."""
-
     def loss(a, x):
         return op(a, x).sin().sum()
 
+    loop = torch.stack([plain(*rows) for rows in zip(a, x.T, strict=True)])
+    slopes = torch.autograd.grad(loop.sin().sum(), (a, x))
     slope = vmap(grad(loss, argnums=(0, 1)), in_dims=(0, 1), out_dims=(0, 1))
-    leaves = [a.clone().requires_grad_(), x.clone().requires_grad_()]
-    loop = torch.stack(
-        [plain(*rows) for rows in zip(leaves[0], leaves[1].T, strict=True)]
-    )
-    slopes = torch.autograd.grad(loop.sin().sum(), leaves)
+    losses = vmap(loss, in_dims=(0, 1))
     for call, expected in (
         (lambda: [vmap(op, in_dims=(0, 1))(a, x)], [loop]),
         (lambda: slope(a, x), slopes),
-        (
-            lambda: torch.autograd.grad(vmap(loss, (0, 1))(*leaves).sum(), leaves),
-            slopes,
-        ),
+        (lambda: torch.autograd.grad(losses(a, x).sum(), (a, x)), slopes),
     ):
         seen.clear()
         try:
@@ -335,15 +341,14 @@ class CallsTheKernel(Scan):
 
 
 right = vmap(Scan.apply, in_dims=(0, 1))(a, x)
-for dim, found in enumerate(
-    [vmap(HandsOn.apply)(a, x.T), vmap(HandsOn.apply, in_dims=1)(a.T, x)]
-):
-    print(f"HandsOn, in_dims={dim}: {(found - right).abs().max():.1g} away")
+for dim, pair in enumerate([(a, x.T), (a.T, x)]):
+    far = (vmap(HandsOn.apply, in_dims=dim)(*pair) - right).abs().max()
+    print(f"HandsOn, in_dims={dim}: {far:.1g} away")
 
-leaf, slopes = x.T.clone().requires_grad_(), []
+slopes = []
 for op in Scan.apply, CallsTheKernel.apply:
-    losses = vmap(lambda a, x, op=op: (x + op(a, x)).square().sum())(a, leaf)
-    slopes.append(torch.autograd.grad(losses.sum(), leaf)[0])
+    losses = vmap(lambda a, x, op=op: (x + op(a, x)).square().sum(), (0, 1))(a, x)
+    slopes += torch.autograd.grad(losses.sum(), x)
 far, largest = (slopes[1] - slopes[0]).abs().max(), slopes[0].abs().max()
 print(f"CallsTheKernel: gradients {far:.1g} away, where {largest:.1g} is the largest")
 
@@ -353,8 +358,9 @@ print(f"CallsTheKernel: gradients {far:.1g} away, where {largest:.1g} is the lar
 # - ``torch.func.jvp`` and ``jacfwd`` of a ``custom_op`` with ``register_autograd``
 #   return zeros. A ``Function`` without a ``jvp`` staticmethod is refused there, and in
 #   ``hessian``: write ``jacrev(jacrev(f))``. (All tested.)
-# - ``torch.compile`` with ``grad`` or ``vmap`` inside drops the backward that you wrote
-#   and differentiates the forward [2], unless ``allow_in_graph`` forbids it:
+# - ``torch.compile`` with ``grad`` or ``vmap`` inside, in torch 2.11 and 2.13, drops
+#   the backward that you wrote and differentiates the forward [3]. ``allow_in_graph``
+#   keeps it:
 
 
 class Allowed(Sign):
@@ -376,13 +382,14 @@ for op in Sign, Allowed:
 # Members in the batch, without ``vmap``
 # --------------------------------------
 #
-# A kernel without weights that treats rows alike needs no rule where you can call it
-# outside of ``vmap``: make the members rows of one batch.
+# Outside of ``vmap``, a kernel without weights that treats the rows of a batch alike
+# needs no rule. Make the members rows, here for fused attention:
 
-xs, decays = torch.randn(5, 3, 8, **double), torch.rand(5, 3, 8, **double)
-out = kernel(decays.flatten(0, 1), xs.flatten(0, 1)).unflatten(0, xs.shape[:2])
-far = (out - vmap(vmap(Scan.apply))(decays, xs)).abs().max()
-print(f"{list(out.shape)}, {far:.0e} from a nested vmap")
+qkv = torch.randn(3, 5, 2, 4, 16, 8, **double)  # q, k, v: [members, batch, heads, ...]
+rows = [t.flatten(0, 1) for t in qkv]  # each [10, 4, 16, 8]
+out = F.scaled_dot_product_attention(*rows).unflatten(0, (5, 2))
+loop = torch.stack([F.scaled_dot_product_attention(*qkv[:, i]) for i in range(5)])
+print(f"one call for all members, {(out - loop).abs().max():.0e} from a loop")
 
 # %%
 # Remember
@@ -405,5 +412,7 @@ print(f"{list(out.shape)}, {far:.0e} from a nested vmap")
 # - PyTorch on `torch.func and autograd.Function
 #   <https://docs.pytorch.org/docs/stable/notes/extending.func.html>`_, and on `custom
 #   operators <https://docs.pytorch.org/docs/stable/library.html>`_.
-# - [1] `pytorch#168393 <https://github.com/pytorch/pytorch/issues/168393>`_.
-# - [2] `pytorch#193279 <https://github.com/pytorch/pytorch/issues/193279>`_.
+# - [1] `mamba#239 <https://github.com/state-spaces/mamba/issues/239>`_,
+#   `flash-attention#2071 <https://github.com/Dao-AILab/flash-attention/issues/2071>`_.
+# - [2] `pytorch#168393 <https://github.com/pytorch/pytorch/issues/168393>`_.
+# - [3] `pytorch#193279 <https://github.com/pytorch/pytorch/issues/193279>`_.

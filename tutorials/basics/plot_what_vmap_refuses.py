@@ -126,10 +126,12 @@ def compare(refused, accepted, *inputs):
 #   ``vmap(grad(loss))``, or ``vmap(jacrev(f))`` for a Jacobian.
 # - ``override the setup_context staticmethod``: an ``autograd.Function`` has the old
 #   form, or a model calls ``checkpoint`` with ``use_reentrant=True``. If ``grad`` meets
-#   a custom operator, put a ``Function`` around it.
+#   a custom operator, put a ``Function`` around it (``plot_custom_operators.py``).
 # - ``does not have vmap support``: the ``Function`` needs a rule. Set
-#   ``generate_vmap_rule = True`` if it calls only PyTorch, else write a ``vmap`` as in
-#   ``Reverse`` below.
+#   ``generate_vmap_rule = True`` if it calls only PyTorch, else write a ``vmap``
+#   (``plot_custom_operators.py``).
+# - ``You must implement the jvp function``: ``hessian`` and ``jacfwd`` meet such a
+#   ``Function``. Write ``jacrev(jacrev(f))``.
 # - ``don't yet support saved tensor hooks``, ``your tensor may have escaped``: a model
 #   calls ``checkpoint``. Turn that off, and call ``.sum().backward()`` on
 #   ``checkpoint(vmap(f), xs, use_reentrant=False)``. If a tensor was kept in a list,
@@ -370,8 +372,9 @@ with warnings.catch_warnings():
 # - ``nn.EmbeddingBag`` loops: write ``F.embedding(tokens, weight).mean(-2)``.
 # - ``nn.GRUCell`` loops (``plot_recurrent.py``), and on a CPU
 #   ``F.scaled_dot_product_attention`` (``plot_what_vmap_runs.py``).
-# - The filter misses a custom operator, whose warning C++ prints (tested), and
-#   ``index_add``, which has none (``plot_silent_mistakes.py``).
+# - The filter misses a custom operator, whose warning C++ prints
+#   (``plot_custom_operators.py``), and ``index_add``, which has none
+#   (``plot_silent_mistakes.py``).
 #
 # Remember
 # --------
