@@ -216,6 +216,8 @@ for ax, (schedule, s) in zip(axes, named.items(), strict=True):
         ax.plot(shares, part.mean(0), style, label=team)
         ax.fill_between(shares, part.amin(0), part.amax(0), alpha=0.2)
     ax.set(yscale="log", xlabel="share of the second member", title=schedule)
+axes[0].set_yticks([0.3, 0.5, 1, 2], ["0.3", "0.5", "1", "2"])
+axes[0].minorticks_off()
 axes[0].set_ylabel("test loss [nats]")
 axes[0].legend()
 fig.suptitle(
@@ -281,6 +283,8 @@ for ax, (schedule, s) in zip(axes, named.items(), strict=True):
     for (name, score), marker in zip(scores.items(), "osD^", strict=True):
         ax.plot(list(teams), score[s].mean(0), marker=marker, label=name)
     ax.set(yscale="log", title=schedule)
+axes[0].set_yticks([6, 10, 20, 50, 90], [6, 10, 20, 50, 90])
+axes[0].minorticks_off()
 axes[0].set_ylabel("test error [%]")
 axes[0].legend()
 fig.suptitle(f"A soup of four, its members and their ensemble, {device.type}, float32")

@@ -293,7 +293,7 @@ for ax, (name, part) in zip(axes.flat, shown.items(), strict=True):
     ax.plot(line, (3 * line).sin(), "k--", lw=1, label="truth")
     ax.plot(*points, "k.", label="data")
     ax.set(title=name, ylim=(-3, 3))
-axes[0, 0].legend(fontsize="small")
+fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 fig.supxlabel("x")
 fig.supylabel("y")
 fig.suptitle(f"Bands of one data set, {device.type}, float32")
