@@ -413,7 +413,7 @@ except RuntimeError as error:
 # Next
 # ----
 #
-# - ``plot_more_recipes.py``: graphs, sparse matrices, solvers, augmentation.
+# - ``plot_learn_to_learn.py``: an inner step for each task (MAML), in one call.
 # - ``plot_ensembling.py``: the first page.
 # - ``plot_saving.py``: save the stack, take one user's rows out.
 #
