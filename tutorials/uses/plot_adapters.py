@@ -413,7 +413,7 @@ except RuntimeError as error:
 # Next
 # ----
 #
-# - ``plot_learn_to_learn.py``: an inner step for each task (MAML), in one call.
+# - ``plot_agents.py``: many agents of reinforcement learning, many seeds.
 # - ``plot_ensembling.py``: the first page.
 # - ``plot_saving.py``: save the stack, take one user's rows out.
 #
