@@ -96,14 +96,14 @@ def single(a, x):
 @pytest.mark.parametrize("taken", [narrow, single])
 def test_a_kernel_that_takes_one_batch_dimension_or_none(taken):
     flat, parted, stacked = re.findall(
-        r"``(t\.flatten.+?|y\.unflatten.+?|torch\.stack\(\[Scan.+?)``",
+        r"``(y = .+?|y\.unflatten.+?|torch\.stack\(\[Scan.+?)``",
         re.sub(r"\n# *", " ", text_of(NAME)),
     )
     names = names_of(NAME, "Scan", "gradients", "members_first", kernel=taken)
     rule = "def rule(info, in_dims, *tensors):\n"
     rule += "    members = members_first(info, in_dims, *tensors)\n"
     if taken is narrow:
-        rule += f"    y = Scan.apply(*[{flat} for t in members])\n"
+        rule += f"    {flat}\n"
     exec(rule + f"    return {parted if taken is narrow else stacked}", names)
     op, rows = names["Scan"], (3,) * (taken is narrow)
     op.vmap = staticmethod(names["rule"])
@@ -136,6 +136,13 @@ def test_a_module_of_a_library_takes_the_wrapped_class():
     module.LibraryScan = PAGE["Wrapped"]
     found = vmap(grad(loss_of(module.layer), (0, 1)))(A, X)
     torch.testing.assert_close(found, SLOPES)
+
+
+def test_a_generated_rule_refuses_numpy():
+    forward = staticmethod(lambda x: torch.from_numpy(x.numpy(force=True)))
+    op = type("Copies", (PAGE["Sign"],), {"forward": forward})
+    with pytest.raises(RuntimeError, match="that doesn't have storage"):
+        vmap(op.apply)(X)
 
 
 def test_a_kernel_in_backward_needs_a_function():

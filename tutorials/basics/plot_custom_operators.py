@@ -122,8 +122,9 @@ class Scan(Function):
 #   ``grad``, the tensors in ``backward`` have no storage.
 # - ``expand`` and ``movedim`` return views. Add ``.contiguous()`` if your kernel needs
 #   it.
-# - **A kernel that takes one batch dimension**: call it with ``t.flatten(0, 1)`` for
-#   each ``t`` of ``members``, and return ``y.unflatten(0, (info.batch_size, -1)), 0``.
+# - **A kernel that takes one batch dimension**: call
+#   ``y = Scan.apply(*[t.flatten(0, 1) for t in members])``, and return
+#   ``y.unflatten(0, (info.batch_size, -1)), 0``.
 # - **A kernel that takes none**: return
 #   ``torch.stack([Scan.apply(*rows) for rows in zip(*members)]), 0``. It runs once for
 #   each member.
@@ -261,7 +262,7 @@ def plain_sign(a, x):
 # %%
 # "Backward outside" is ``vmap(loss)(a, x).sum().backward()``. "2 x" says that the
 # kernel ran twice, forward and backward together; beside it stands the largest
-# difference.
+# difference from the loop.
 
 
 def try_out(op, plain):
@@ -271,11 +272,10 @@ def try_out(op, plain):
     loop = torch.stack([plain(*rows) for rows in zip(a, x.T, strict=True)])
     slopes = torch.autograd.grad(loop.sin().sum(), (a, x))
     slope = vmap(grad(loss, argnums=(0, 1)), in_dims=(0, 1), out_dims=(0, 1))
-    losses = vmap(loss, in_dims=(0, 1))
     for call, expected in (
         (lambda: [vmap(op, in_dims=(0, 1))(a, x)], [loop]),
         (lambda: slope(a, x), slopes),
-        (lambda: torch.autograd.grad(losses(a, x).sum(), (a, x)), slopes),
+        (lambda: torch.autograd.grad(vmap(loss, (0, 1))(a, x).sum(), (a, x)), slopes),
     ):
         seen.clear()
         try:
@@ -285,7 +285,8 @@ def try_out(op, plain):
             continue
         far = torch.stack([(out - one).abs().max() for out, one in pairs]).max().item()
         assert far < 1e-10, "this is not what the loop computes"
-        yield f"{len(seen)} x, {far:.0e}" if seen else f"{far:.0e}"
+        close = f"{far:.0e} off" if far else "equal"
+        yield f"{len(seen)} x, {close}" if seen else close
 
 
 # %%
@@ -383,7 +384,8 @@ for op in Sign, Allowed:
 # --------------------------------------
 #
 # Outside of ``vmap``, a kernel without weights that treats the rows of a batch alike
-# needs no rule. Make the members rows, here for fused attention:
+# needs no rule. Make the members rows, here for attention, which ``vmap`` runs once for
+# each member on a CPU (``plot_what_vmap_runs.py``):
 
 qkv = torch.randn(3, 5, 2, 4, 16, 8, **double)  # q, k, v: [members, batch, heads, ...]
 rows = [t.flatten(0, 1) for t in qkv]  # each [10, 4, 16, 8]
