@@ -4,62 +4,69 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pages import names_of
 from torch import nn
 from torch.func import functional_call, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 PAGE = names_of("uses/plot_adapters", device=torch.device("cpu"))
 add_lora, build, predict = map(PAGE.get, ["add_lora", "build", "predict"])
 PAGE["base"] = BASE = {n: p.detach().double() for n, p in build().named_parameters()}
 with torch.device("meta"):
-    PAGE["skeleton"] = add_lora(build())
+    PAGE["skeleton"] = SKELETON = add_lora(build())
 close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
 
 
-def adapters(number):
-    made = PAGE["new_adapters"](number)
-    return {name: torch.randn_like(p).double() / 9 for name, p in made.items()}
+def new_adapters(number):
+    made = PAGE["new_adapters"](SKELETON, number)
+    return {name: p.detach().double() for name, p in made.items()}
+
+
+def module_of(adapter):
+    """One user's model with hooks, and its trained parameters."""
+    model = add_lora(build()).double()
+    model.load_state_dict(BASE | adapter)
+    return model, [p for n, p in model.named_parameters() if n in adapter]
 
 
 def test_adapters_start_at_what_the_base_says():
-    made = {name: p.detach().double() for name, p in PAGE["new_adapters"](3).items()}
-    x = torch.randn(3, 5, 784).double()
-    out = vmap(predict, in_dims=(0, None, 0))(made, BASE, x)
+    x = torch.randn(3, 5, 196).double()
+    out = vmap(predict, in_dims=(0, None, 0))(new_adapters(3), BASE, x)
     close(out, functional_call(build(), BASE, (x,)))
 
 
-def test_a_mixed_batch():
-    own, x = adapters(4), torch.randn(9, 784).double()
-    who = torch.arange(9) % 4
-    rows = {name: p[who] for name, p in own.items()}
-    mixed = vmap(predict, in_dims=(0, None, 0))(rows, BASE, x)
-    for i, user in enumerate(who.tolist()):
-        close(mixed[i], PAGE["alone"](BASE, own, user)(x[i]))
+def test_a_step_trains_what_each_model_trains_alone():
+    own = new_adapters(5)
+    alone = [module_of({n: p[i] for n, p in own.items()}) for i in range(5)]
+    adams = [torch.optim.AdamW(weights, lr=1e-2) for _, weights in alone]
+    start = {name: p.clone() for name, p in own.items()}
+    own = {name: p.requires_grad_() for name, p in own.items()}
+    optimizer = torch.optim.AdamW(own.values(), lr=1e-2)
+    x, y = torch.randn(5, 8, 196).double(), torch.randint(10, (5, 8))
+    for _ in range(10):
+        PAGE["train_step"](optimizer, own, predict, x, y)
+        for (model, _), adam, row, digits in zip(alone, adams, x, y, strict=True):
+            adam.zero_grad()
+            F.cross_entropy(model(row), digits).backward()
+            adam.step()
+    for i, (model, _) in enumerate(alone):
+        for name, p in own.items():
+            torch.testing.assert_close(
+                p[i], model.get_parameter(name), atol=1e-9, rtol=0
+            )
+            assert (p[i] - start[name][i]).abs().max() > 1e-3
 
 
-class Products(TorchDispatchMode):
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if str(operator).startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")):
-            PAGE["seen"].append((str(operator), [tuple(a.shape) for a in args]))
-        return operator(*args, **(kwargs or {}))
-
-
-def test_one_product_for_the_rows_of_all_users():
-    PAGE["seen"] = []
-    with Products():
-        vmap(predict, in_dims=(0, None, 0))(
-            adapters(6), BASE, torch.randn(6, 5, 784).double()
-        )
-    shapes = [shapes for _, shapes in PAGE["seen"]]
-    for weight in "024":
-        out, inner = BASE[f"{weight}.weight"].shape
-        assert any((30, inner) in s and (inner, out) in s for s in shapes), shapes
+def test_merged_weights_fit_into_a_network_without_hooks():
+    adapter = {name: torch.randn_like(p[0]) / 9 for name, p in new_adapters(1).items()}
+    model, x = build().double(), torch.randn(5, 196).double()
+    model.load_state_dict(PAGE["merged"](BASE, adapter))
+    close(model(x), module_of(adapter)[0](x))
 
 
 def test_adapters_are_added_as_often_as_they_are_made():
-    own, x = adapters(1), torch.randn(5, 784).double()
-    row = {name: p[0] for name, p in own.items()}
+    row = {name: torch.randn_like(p[0]) / 9 for name, p in new_adapters(1).items()}
+    x = torch.randn(5, 196).double()
     once, twice = add_lora(build()), add_lora(add_lora(build()))
     once, twice = (functional_call(m, BASE | row, (x,)) for m in (once, twice))
     double = {name: 2 * p if name.endswith(".B") else p for name, p in row.items()}
