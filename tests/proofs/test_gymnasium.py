@@ -35,5 +35,6 @@ def test_starts_and_time_limit():
 
     env = gymnasium.make("CartPole-v1")
     assert env.spec.max_episode_steps == 500
+    assert env.spec.reward_threshold == 475
     starts = torch.tensor([env.reset(seed=i)[0].tolist() for i in range(300)])
     assert 0.045 < starts.abs().amax() <= 0.05
