@@ -1,4 +1,4 @@
-"""What plot_transformers.py says of Hugging Face models (make test-all)."""
+"""What two pages say of models of Hugging Face (make test-all)."""
 
 import pytest
 import torch
@@ -54,6 +54,24 @@ def test_logits_and_masks(kind, attention):
         distance(floats.masked_fill(~booleans, torch.finfo(floats.dtype).min)) < 1e-12
     )
     assert (distance(booleans) > 1e-6) == (attention == "eager")
-    if (kind, attention) != ("GPT-2", "eager"):  # three of four refuse this mask
+    if (kind, attention) == ("GPT-2", "eager"):  # the others refuse this mask
+        assert distance(mask.long()) < 1e-12
+    else:
         with pytest.raises(RuntimeError, match="data-dependent control flow"):
             vmap(logits)(*state, x, mask.long())
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_generate_is_refused(attention):
+    models = [build("GPT-2", attention) for _ in range(3)]
+    skeleton = torch.nn.ModuleDict({"gpt": models[0]})
+    skeleton.forward = lambda x: models[0].generate(
+        x, do_sample=False, max_new_tokens=4, eos_token_id=None, pad_token_id=0
+    )
+    params, buffers = stack_module_state(models)
+    state = {f"gpt.{name}": value for name, value in (params | buffers).items()}
+    x = torch.randint(1, 50, (3, B, S))
+    assert models[0].generate(x[0], max_new_tokens=4).shape[0] == B  # without vmap
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        vmap(lambda state, x: functional_call(skeleton, state, (x,)))(state, x)
