@@ -332,6 +332,7 @@ for schedule, s in named.items():
 # Next
 # ----
 #
+# - ``plot_ask_for_labels.py``: which inputs to have labelled next.
 # - ``plot_many_devices.py``: members on several devices.
 # - ``plot_more_members.py``: how many members, or one larger network.
 # - ``plot_saving.py``: take one member out of a stack.
