@@ -396,7 +396,7 @@ for size in sizes:
 # Next
 # ----
 #
-# - ``plot_more_recipes.py``: graphs, solvers, augmentation and more.
+# - ``plot_clients.py``: clients begin at one average, and take steps of their own.
 # - ``plot_per_sample_gradients.py``: ``vmap`` of ``grad``, for each sample.
 #
 # References
