@@ -40,7 +40,7 @@ print(f"{where}, torch {torch.__version__}, float32, IEEE")
 # ---------------------
 #
 # ``who`` says to which user each sample belongs. ``add_lora`` and ``predict`` are those
-# of ``plot_adapters.py``, here with random values.
+# of ``plot_adapters.py``.
 
 
 def add_lora(model, rank=4):
@@ -67,6 +67,10 @@ def serve(adapters, base, who, x):
 def serve_without_vmap(adapters, base, who, x):
     rows = {name: p[who] for name, p in adapters.items()}
     return predict(rows, base, x[:, None])[:, 0]  # [64, 1, 784] meets [64, 4, 784]
+
+
+# %%
+# Here, the base and 64 adapters are random:
 
 
 def build():  # your model
@@ -99,8 +103,7 @@ print(list(serve(adapters, base, who, x).shape), "of", len(who.unique()), "users
 #
 # A loop sorts the samples by user, and calls one network for each user that is there:
 # either a module on the tensors of the base, with its adapter, or a merged network,
-# which holds all weights of its user. By hand, the products are those of the form
-# without ``vmap``, for this network only.
+# which holds all weights of its user.
 
 
 def module_of(base, adapters, i):
@@ -125,6 +128,17 @@ def merged_of(base, adapters, i):
     return model
 
 
+def serve_by_loop(networks, who, x):
+    order = who.argsort()
+    users, counts = who.unique(return_counts=True)  # in ascending order
+    parts = zip(users.tolist(), x[order].split(counts.tolist()), strict=True)
+    return torch.cat([networks[user](part) for user, part in parts])[order.argsort()]
+
+
+# %%
+# By hand, the products are those of the form without ``vmap``, for this network only:
+
+
 def by_hand(adapters, base, x):  # [users, rows, 784]
     for name in "024":
         A, B = adapters[f"{name}.A"], adapters[f"{name}.B"]
@@ -137,13 +151,6 @@ def by_hand(adapters, base, x):  # [users, rows, 784]
 def serve_by_hand(adapters, base, who, x):
     rows = {name: p[who] for name, p in adapters.items()}
     return by_hand(rows, base, x[:, None])[:, 0]
-
-
-def serve_by_loop(networks, who, x):
-    order = who.argsort()
-    users, counts = who.unique(return_counts=True)  # in ascending order
-    parts = zip(users.tolist(), x[order].split(counts.tolist()), strict=True)
-    return torch.cat([networks[user](part) for user, part in parts])[order.argsort()]
 
 
 # %%
