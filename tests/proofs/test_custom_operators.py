@@ -138,6 +138,28 @@ def test_a_module_of_a_library_takes_the_wrapped_class():
     torch.testing.assert_close(found, SLOPES)
 
 
+def test_a_wrapped_kernel_that_takes_one_batch_dimension():
+    wanted = "LibraryScan", "Wrapped", "WrappedGradient", "gradients"
+    names = names_of(NAME, *wanted, kernel=narrow)
+    call, gradient = names["Wrapped"], names["WrappedGradient"]
+
+    def flat(*args):
+        return [t.flatten(0, 1) for t in PAGE["members_first"](*args)]
+
+    def rule(info, *args):
+        return call.apply(*flat(info, *args)).unflatten(0, (info.batch_size, -1)), 0
+
+    def rule_of_gradient(info, *args):
+        both = gradient.apply(*flat(info, *args))
+        return tuple(t.unflatten(0, (info.batch_size, -1)) for t in both), (0, 0)
+
+    call.vmap, gradient.vmap = staticmethod(rule), staticmethod(rule_of_gradient)
+    a, x = torch.rand(5, 3, 8).double(), torch.randn(5, 3, 8).double()
+    found, calls = counted(lambda: vmap(grad(loss_of(call.apply), (0, 1)))(a, x))
+    assert calls == 3
+    torch.testing.assert_close(found, slopes_of(Scan.apply, a, x))
+
+
 def test_a_generated_rule_refuses_numpy():
     forward = staticmethod(lambda x: torch.from_numpy(x.numpy(force=True)))
     op = type("Copies", (PAGE["Sign"],), {"forward": forward})
@@ -164,6 +186,8 @@ def test_a_rule_by_name():
     library.define("named(Tensor a, Tensor x) -> Tensor")
     library.impl("named", kernel, "CPU")
     op = torch.ops.proofs.named.default
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        assert not vmap(grad(loss_of(op)))(A, X).any()
     _, calls = counted(lambda: vmap(op)(A, X))
     assert calls == 5
     torch.library.register_vmap("proofs::named", rule_of(op))

@@ -62,8 +62,9 @@ class Sign(Function):
 # ---------------------------------
 #
 # The kernel here is the recurrence of state-space models, ``y[t] = a[t] * y[t - 1] +
-# x[t]``. It is NumPy and stands for yours: this page has run no kernel in C++ or
-# Triton, and nothing on a GPU. It notes the shape of what it gets.
+# x[t]``, and notes the shape of what it gets. It is NumPy and stands for yours. The
+# same lines work with an operator of C++ (tested); nothing here has run in Triton or on
+# a GPU.
 
 seen = []
 
@@ -119,7 +120,8 @@ class Scan(Function):
 #   for what all share. ``out_dims`` has the structure of the output, ``(0, 0)`` for
 #   two. A number has ``None`` too: leave it out of ``members_first``.
 # - **A kernel in** ``backward`` needs a ``Function`` as well, here the same one: under
-#   ``grad``, the tensors in ``backward`` have no storage.
+#   ``grad``, the tensors in ``backward`` have no storage. For a kernel that computes
+#   gradients only, see ``WrappedGradient`` below.
 # - ``expand`` and ``movedim`` return views. Add ``.contiguous()`` if your kernel needs
 #   it.
 # - **A kernel that takes one batch dimension**: call
@@ -192,8 +194,10 @@ class WrappedGradient(Function):
 # - ``(0, 0)`` stands for two gradients, since there are two inputs.
 # - Write options, such as ``causal``, into both calls of ``LibraryScan.apply``.
 # - Where a module of the library calls the class, assign
-#   ``module.LibraryScan = Wrapped`` (tested).
-# - If its kernel takes no leading dimensions, change both rules as said above.
+#   ``module.LibraryScan = Wrapped``.
+# - If its kernel takes one batch dimension, change both rules as said above.
+#
+# The last two are tested.
 #
 # ``torch.library.custom_op``: ``register_vmap``
 # ----------------------------------------------
@@ -354,8 +358,10 @@ far, largest = (slopes[1] - slopes[0]).abs().max(), slopes[0].abs().max()
 print(f"CallsTheKernel: gradients {far:.1g} away, where {largest:.1g} is the largest")
 
 # %%
-# ``vmap(grad(...))`` of the second is right, so test both orders. Two more:
+# ``vmap(grad(...))`` of the second is right, so test both orders. Three more:
 #
+# - ``vmap(grad(...))`` of an operator of C++ without a formula for autograd is zero.
+#   There is only a ``UserWarning``, ``an autograd kernel was not registered`` (tested).
 # - ``torch.func.jvp`` and ``jacfwd`` of a ``custom_op`` with ``register_autograd``
 #   return zeros. A ``Function`` without a ``jvp`` staticmethod is refused there, and in
 #   ``hessian``: write ``jacrev(jacrev(f))``. (All tested.)
