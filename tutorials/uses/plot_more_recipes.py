@@ -112,8 +112,9 @@ check(out, [net(x, edges) for net in nets])
 # %%
 # **Own graphs for each member** are padded to one size. Every graph gets one more node,
 # the last one, and its padding edges join this node to itself: at a real node they
-# would change the mean. ``scatter_reduce`` runs once for all members (tested); a layer
-# with ``index_add`` loops, without a warning (``plot_silent_mistakes.py``).
+# would change the mean. To read out a whole graph, leave out the rows of padding.
+# ``scatter_reduce`` runs once for all members (tested); a layer with ``index_add``
+# loops, without a warning (``plot_silent_mistakes.py``).
 
 graphs = []  # yours: features of nodes, edges
 for n in range(11, 11 + num_models):
@@ -301,8 +302,8 @@ check(hidden, [model.body(x) for model in models])
 # A model that returns a dataclass
 # --------------------------------
 #
-# It is refused until it is registered, once. A ``NamedTuple`` is accepted as it is
-# (tested).
+# It is refused until it is registered, once; then it may be an argument, too. A number
+# in it is refused: make it a tensor. A ``NamedTuple`` is accepted as it is. (Tested.)
 
 
 @dataclass
