@@ -230,7 +230,8 @@ def pooled(params, support, query, rate):
 # the rate that they were trained with, one of three; the others have five to choose
 # from, because their training needs none. Each seed has 50 tasks for the choice and 100
 # others for the test. Adam's rate of 0.02 was the best of four (0.003 to 0.03) for each
-# trained way after ten steps, in a trial that is no part of this run.
+# trained way after ten steps, in a trial that is no part of this run. Brackets hold
+# the standard deviation over the seeds.
 
 
 def curve(params, support, query, rate):  # of one task: errors after 0 to 10 steps
