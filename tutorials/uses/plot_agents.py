@@ -422,7 +422,7 @@ except RuntimeError as error:
 # Next
 # ----
 #
-# - ``plot_evolution.py``: rows of a matrix as networks, trained without a gradient.
+# - ``plot_critics.py``: ten critics, the minimum of a random pair, slow targets.
 # - ``plot_population.py``: let the best agents replace the worst ones.
 # - ``plot_saving.py``: take one agent out of the stack, as a module.
 #
