@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from pages import names_of
+from pages import names_of, text_of
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -103,3 +103,17 @@ def test_training_without_a_cache_gives_the_gradients_of_a_loop():
     for name, weight in params.items():
         alone = torch.stack([m.get_parameter(name).grad for m in models])
         torch.testing.assert_close(weight.grad, alone, atol=1e-12, rtol=0)
+
+
+@pytest.mark.slow
+def test_one_model_that_trains_eight_times_as_long():
+    text = text_of("uses/plot_generate")
+    last = text.index("# Prompts of its own for each model")
+    first, after = [text.index(w) for w in ("def team(", "\n# ``+-`` is one")]
+    text = text[:last] + "\n" + text[first:after]
+    for old, new in ("num_models = 8", "num_models = 1"), ("range(150)", "range(1200)"):
+        assert old in text
+        text = text.replace(old, new)
+    names = {}
+    exec(text, names)
+    assert names["together"].mean() > 0.8

@@ -172,18 +172,18 @@ except RuntimeError as error:
 # data-dependent control flow, except for GPT-2 with "eager" attention, which takes it.
 # With "eager", a mask of booleans gives other numbers, without an error.
 #
-# All else here is tested. Decoders that keep keys and values: ``plot_generate.py``.
+# All of this is tested. Decoders that keep keys and values: ``plot_generate.py``.
 #
 # Is it faster than a loop?
 # -------------------------
 #
-# With small tensors a loop mostly starts operators, and one call starts most of them
-# once for all models: we expect it to gain with many narrow models. Without dropout and
-# outside the fast path, a loop's attention is one fused kernel. ``vmap`` runs a CPU's
-# kernel in a loop over the models, which is the ``performance drop`` of the warning
-# that this page hides; on CUDA this holds for the gradients of ``vmap(grad(...))`` [1].
-# (This page has not run on CUDA. There, masks under ``vmap`` have raised errors [2]:
-# use ``MATH`` if yours do, and compare gradients before you train.) Inside
+# With small tensors a loop probably spends its time on starting operators, and one call
+# starts most of them once for all models: we expect it to gain with many narrow models.
+# Without dropout and outside the fast path, a loop's attention is one fused kernel.
+# ``vmap`` runs a CPU's kernel in a loop over the models (hence the warning that this
+# page hides); on CUDA this holds for the gradients of ``vmap(grad(...))`` [1]. (This
+# page has not run on CUDA. There, masks under ``vmap`` have raised errors [2]: use
+# ``MATH`` if yours do, and compare gradients before you train.) Inside
 # ``sdpa_kernel(SDPBackend.MATH)``, attention is a few operators that ``vmap`` runs for
 # all models at once, but they write a number for each pair of tokens. So we expect
 # ``MATH`` to be better than the fused kernel for short sequences, and worse for long
@@ -294,7 +294,9 @@ torch.backends.mha.set_fastpath_enabled(True)
 # %%
 
 labels = [f"{n} x width {width}, {length} tokens" for n, width, length in cases]
-fig, axes = plt.subplots(1, 3, sharey=True, figsize=(9, 3.6), layout="constrained")
+fig, axes = plt.subplots(
+    1, 3, sharex=True, sharey=True, figsize=(9, 3.6), layout="constrained"
+)
 for ax, (task, rows) in zip(axes, gains.items(), strict=True):
     middle, low, high = torch.tensor(rows).T
     spread = [middle - low, high - middle]
