@@ -2,8 +2,8 @@
 Serve many LoRA adapters in one batch
 =====================================
 
-Answer a batch in which each sample has its own user's adapter, in one call, with the
-frozen network once in memory; measured against loops, also for a training step.
+Answer a batch in which each sample has its own user's adapter, with the frozen network
+once in memory, and compare the time, also of a training step, with loops over users.
 
 **In short.** Take the rows of each sample's user out of the stacked adapters, and map
 over samples by ``torch.func.vmap`` with ``in_dims=(0, None, 0)``. Where all layers take
@@ -70,7 +70,7 @@ def serve_without_vmap(adapters, base, who, x):
 
 
 # %%
-# Here, the base and 64 adapters are random:
+# Here, the base and 64 adapters are random, for inputs of 784 numbers:
 
 
 def build():  # your model
@@ -290,8 +290,8 @@ training = [compare(f"training step of {n} users", forms(n)) for n in sizes]
 
 # %%
 # Between steps, a number that is trained has 16 bytes: itself, its gradient and two
-# averages of AdamW. The base has 4 bytes a number. What a step of 64 users takes on top
-# for a moment is on a CPU less than a tenth of what it takes with own copies in one
+# averages of AdamW. The base has 4 bytes a number. During a step of 64 users, the most
+# that is taken on top is, on a CPU, less than a tenth of that with own copies in one
 # call (both tested). A batch to serve copies the adapter of each sample.
 
 size, own = (sum(p.numel() for p in part.values()) for part in (base, adapters))
@@ -329,9 +329,9 @@ fig.set_label(
 )
 
 # %%
-# Where a loop is faster, run the loop: merged networks to serve few users, modules on
-# one base to train few. Where *without vmap* is faster and fits your model, take it. A
-# wide interval decides nothing.
+# Where a loop is faster, run the loop: merged networks to serve, if all of them fit in
+# memory, modules on one base to train. Where *without vmap* is faster and fits your
+# model, take it. A wide interval decides nothing.
 #
 # The mistake: as many samples as users
 # -------------------------------------
