@@ -391,7 +391,7 @@ for op in Sign, Allowed:
 #
 # Outside of ``vmap``, a kernel without weights that treats the rows of a batch alike
 # needs no rule. Make the members rows, here for attention, which ``vmap`` runs once for
-# each member on a CPU (``plot_what_vmap_runs.py``):
+# each member on a CPU (``plot_transformers.py``):
 
 qkv = torch.randn(3, 5, 2, 4, 16, 8, **double)  # q, k, v: [members, batch, heads, ...]
 rows = [t.flatten(0, 1) for t in qkv]  # each [10, 4, 16, 8]
