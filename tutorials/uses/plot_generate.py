@@ -144,7 +144,7 @@ math_attention = sdpa_kernel(SDPBackend.MATH)
 call = math_attention(partial(vmap(partial(next_logits, skeleton)), params))
 
 # %%
-# All see the same 500 of the numbers below 1,000, each in its own order:
+# A text is a number below 1,000, then its words:
 
 symbols = "_.0123456789= abcdefghijklmnopqrstuvwxyz"
 ones = "one two three four five six seven eight nine ten eleven twelve thirteen "
@@ -166,6 +166,9 @@ def decode(row):
 
 
 # %%
+# All learn from the same 500 numbers, each from minibatches of its own. The loss is
+# summed over the models, so the gradient of each is its own:
+
 numbers = (1 + torch.randperm(999)).tolist()
 train, test = numbers[:500], numbers[500:700]
 lines = encode([f"{n}={spelled[n]}." for n in train])
