@@ -7,9 +7,9 @@ Call and train many small transformers at once with ``torch.func.vmap``: encoder
 
 **In short.** In train mode ``vmap`` takes ``nn.TransformerEncoder`` with
 ``randomness="different"``; in eval mode, switch its fast path off. Pass masks to the
-mapped function by position: ``vmap`` does not map its keyword arguments. On a CPU expect
-a gain for many narrow models and short sequences only: the table below times five
-sizes, in one call and in a loop.
+mapped function by position: ``vmap`` does not map its keyword arguments. On a CPU
+expect a gain for many narrow models and short sequences only: the table below times
+five sizes, in one call and in a loop.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
