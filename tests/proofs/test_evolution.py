@@ -1,6 +1,5 @@
 """What plot_evolution.py says in a clause."""
 
-import pytest
 import torch
 from pages import names_of
 from torch import nn
@@ -46,22 +45,10 @@ def test_the_direction_is_that_of_the_gradient_in_the_mean():
     torch.manual_seed(0)
     weight = torch.tensor([3.0, -1.0, 0.5, 0.0])
 
-    class Adam:
-        def __init__(self, params, lr):
-            self.center = params[0]
-
-        def step(self):
-            grads.append(-self.center.grad)
-
-    grads, real = [], torch.optim.Adam
-    torch.optim.Adam = Adam
-    try:
-        slope = evolve(lambda m: m @ weight, torch.zeros(2000, 4), 1, 16, 0.1, 1)
-        next(slope)
-    finally:
-        torch.optim.Adam = real
-    mean = grads[0].mean(0)
-    assert torch.cosine_similarity(mean, weight, dim=0) > 0.99
+    lines = evolve(lambda m: m @ weight, torch.zeros(2000, 4), 1, 16, 0.1, 1)
+    steps = torch.stack(list(lines))[0].mean(0)  # Adam's first step has length 1
+    assert (steps * weight.sign() > 0.1)[:3].all()
+    assert steps[3].abs() < 0.1
 
 
 def test_runs_do_not_mix():
@@ -96,20 +83,6 @@ def test_the_gradient_reaches_a_hypernetwork_unless_it_is_cut():
     assert hyper.weight.grad is None
 
 
-def test_a_vector_of_another_length_is_refused():
-    with pytest.raises(RuntimeError, match="split_with_sizes"):
-        outputs(torch.zeros(20), torch.zeros(5, 4), small())
-    with pytest.raises(RuntimeError, match="split_with_sizes"):
-        everyone(torch.zeros(19, 4), torch.zeros(5, 4), small())
-
-
-def test_vector_to_parameters_shares_memory():
-    vector, model = torch.zeros(19, dtype=torch.float64), small()
-    vector_to_parameters(vector, model.parameters())
-    vector += 1
-    assert (parameters_to_vector(model.parameters()) == 1).all()
-
-
 def test_the_carts_are_those_of_the_agents():
     torch.manual_seed(0)
     other = names_of("uses/plot_agents", "move", "fallen")
@@ -124,3 +97,18 @@ def test_the_carts_are_those_of_the_agents():
     assert (found == length).all()
     assert length.min() < 100
     assert length.max() == 500
+
+
+def test_a_loop_of_modules_plays_the_same():
+    torch.manual_seed(0)
+    PAGE["vmap"], PAGE["scale"] = vmap, torch.tensor([1.0, 1, 5, 1]).double()
+    with torch.device("meta"):
+        PAGE["driver"] = PAGE["make_driver"]()
+    models = [PAGE["make_driver"]().double() for _ in range(20)]
+    rows = torch.stack([parameters_to_vector(m.parameters()) for m in models])
+    carts = torch.rand(4, 4).double() / 10 - 0.05
+    with torch.no_grad():
+        together = PAGE["lengths"](rows, carts)
+        for model, length in zip(models, together, strict=True):
+            alone = PAGE["play"](lambda s, m=model: m(s * PAGE["scale"])[..., 0], carts)
+            assert (alone == length).all()
