@@ -78,8 +78,8 @@ def serve(params, mean, optimizer):
 # %%
 # ``serve`` hands the difference between the weights and the mean to an optimizer, as a
 # gradient. With ``SGD(params.values(), lr=1)``, the new weights are the mean, which is
-# federated averaging [1]. Another optimizer of PyTorch fits in its place [2]
-# (tested).
+# federated averaging [1]. Another optimizer of PyTorch takes its place
+# [2] (tested).
 #
 # **Unequal data** are one list of row numbers, sorted by client, and for each client
 # the place where its rows begin, and how many there are. Here, 1,000 digits of
@@ -347,12 +347,12 @@ fig.set_label(
 )
 
 # %%
-# **Where the average is worse and ten own steps are better, the average is where a
-# client should begin, and not what it should use.**
+# **Where the average is worse than alone and ten own steps are better, the average is
+# where a client should begin, and not what it should use.**
 #
-# **Where own shares are not worse than ten own steps**, knowing the kinds brings a
-# client as much as its steps do, and no weight has to change. The measure favors this:
-# a client's mixture is exactly that of its rows. Where clients differ in more than the
+# **Where own shares are better than ten own steps**, knowing its kinds brings a client
+# more than its steps do, and no weight has to change. The measure favors this: a
+# client's mixture is exactly that of its rows. Where clients differ in more than the
 # kinds, as in handwriting, shares probably help less.
 #
 # The mistake: clients that begin with weights of their own
