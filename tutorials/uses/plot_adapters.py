@@ -186,8 +186,8 @@ def accuracy(own, call, x, y):
 # Adapters of rank 4 and 16 are compared with a last layer and with a copy of all
 # weights for each user. All train by the same lines, 100 steps of 32 digits, the users
 # of five draws in one call. A rank may be too low, or only slow: rank 4 also gets 300
-# steps. For each way the mean over all validation digits chooses one of three or four
-# learning rates around the best of a coarser grid (not shown).
+# steps. For each way the mean over all validation digits chooses one of three learning
+# rates around the best of a coarser grid (not shown).
 
 
 def replace(own, base, x):
@@ -217,7 +217,7 @@ def fit(own, call, lr, steps):
 
 last_layer, everything = ["4.weight", "4.bias"], list(base)
 ways = {  # how to make own tensors, how to call, learning rates, steps
-    "last layer": (partial(copies, last_layer), replace, (0.03, 0.1, 0.3, 1.0), 100),
+    "last layer": (partial(copies, last_layer), replace, (0.03, 0.1, 0.3), 100),
     "rank 4": (partial(low_rank, 4), predict, (0.003, 0.01, 0.03), 100),
     "rank 4, 300 steps": (partial(low_rank, 4), predict, (0.003, 0.01, 0.03), 300),
     "rank 16": (partial(low_rank, 16), predict, (0.003, 0.01, 0.03), 100),

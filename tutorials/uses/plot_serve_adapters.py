@@ -66,7 +66,7 @@ def serve(adapters, base, who, x):
 
 def serve_without_vmap(adapters, base, who, x):
     rows = {name: p[who] for name, p in adapters.items()}
-    return predict(rows, base, x[:, None])[:, 0]  # [64, 1, 784] meets [64, 4, 784]
+    return predict(rows, base, x[:, None])[:, 0]  # samples as [64, 1, 784]
 
 
 # %%
@@ -94,7 +94,8 @@ print(list(serve(adapters, base, who, x).shape), "of", len(who.unique()), "users
 
 # %%
 # The second form is ``predict`` itself, on samples with one more dimension. It fits
-# models whose layers all take more leading dimensions; ``vmap`` also fits others. A
+# models whose layers all take more leading dimensions; ``vmap`` also fits others. If
+# yours needs a batch, call it inside ``predict`` with ``x[None]``, and return row 0. A
 # user without an adapter gets a row in which ``B`` is zero, and so the base's answer
 # (tested).
 #
@@ -290,9 +291,9 @@ training = [compare(f"training step of {n} users", forms(n)) for n in sizes]
 
 # %%
 # Between steps, a number that is trained has 16 bytes: itself, its gradient and two
-# averages of AdamW. The base has 4 bytes a number. During a step of 64 users, the most
-# that is taken on top is, on a CPU, less than a tenth of that with own copies in one
-# call (both tested). A batch to serve copies the adapter of each sample.
+# averages of AdamW. The base has 4 bytes a number. During one call's step of 64 users,
+# the most that is taken on top is, on a CPU, less than a tenth of that with own copies
+# (both tested). A batch to serve copies the adapter of each sample.
 
 size, own = (sum(p.numel() for p in part.values()) for part in (base, adapters))
 own //= len(adapters["0.A"])
