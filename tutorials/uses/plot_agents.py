@@ -105,8 +105,8 @@ def learn(params, optimizer, rates, data):
 
 
 # %%
-# CartPole in eight lines, for any number of carts
-# ------------------------------------------------
+# CartPole as tensors, for any number of carts
+# --------------------------------------------
 #
 # Arithmetic on tensors of any shape needs no ``vmap``. States, falls and time limits
 # are those of ``CartPole-v1`` of gymnasium 1.4.0 (tested).
