@@ -102,9 +102,7 @@ def train_step(optimizer, own, call, x, y):  # call: predict; x [8, batch, 196]
 # --------------------------------------------
 #
 # ``merged`` adds one user's adapter to the weights of the base. They fit into
-# ``build()``, which has no hooks: ``model.load_state_dict(merged(base, adapter))``. The
-# check, in float64 on the CPU: outputs and gradients of three adapters in one call, and
-# of three merged networks one after the other.
+# ``build()``, which has no hooks: ``model.load_state_dict(merged(base, adapter))``.
 
 
 def merged(base, adapter):
@@ -114,6 +112,10 @@ def merged(base, adapter):
         own[f"{name}.weight"] = base[f"{name}.weight"] + low_rank
     return own
 
+
+# %%
+# The check, in float64 on the CPU: outputs and gradients of three adapters in one call,
+# and of three merged networks one after the other.
 
 with torch.device("meta"):
     plain = build()
@@ -154,6 +156,8 @@ for _ in range(10):
         optimizer.zero_grad()
         F.cross_entropy(network(images[rows]), digits[rows]).backward()
         optimizer.step()
+
+# %%
 
 
 def turned(rows, user):

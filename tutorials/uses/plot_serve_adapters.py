@@ -287,6 +287,8 @@ def forms(n):
     }
 
 
+# %%
+
 training = [compare(f"training step of {n} users", forms(n)) for n in sizes]
 
 # %%
