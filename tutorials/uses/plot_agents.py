@@ -232,7 +232,7 @@ print(f"parameters after 40 steps of Adam: at most {far:.0e} from those of the l
 
 @torch.no_grad()
 def evaluate(agent, state):
-    alive, length = torch.ones_like(state[..., 0], dtype=torch.bool), 0
+    alive, length = ~fallen(state), 0
     for _ in range(500):
         length = length + alive
         state = move(state, agent(state)[0] > 0)
