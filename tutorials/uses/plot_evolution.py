@@ -231,7 +231,7 @@ for rival in ("straight-through", "keep the best"):
 
 
 def play(act, state, num_steps=500):  # [..., 4] -> [...]
-    alive = torch.ones_like(state[..., 0], dtype=torch.bool)
+    alive = state[..., 0] < torch.inf
     length = torch.zeros_like(state[..., 0])
     for _ in range(num_steps):
         length += alive
