@@ -1,5 +1,6 @@
 """What plot_ask_for_labels.py relies on: its scores, its questions, its verdict."""
 
+import pytest
 import torch
 from pages import names_of
 from scipy.stats import entropy, t
@@ -34,6 +35,12 @@ def test_a_question_takes_the_highest_scores_and_no_row_twice():
         [1, 98, 99, 97, 96],
         [2, 97, 99, 98, 96],
     ]
+
+
+def test_too_few_candidates_are_no_question():
+    rows = torch.arange(10)[None]
+    with pytest.raises(AssertionError, match="fewer candidates"):
+        PAGE["ask"](torch.rand(1, 10), rows, rows[:, :5], count=8)
 
 
 def test_farthest_takes_one_by_one_what_is_farthest_from_all_others():
