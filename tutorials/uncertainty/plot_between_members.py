@@ -6,10 +6,10 @@ Compute the loss of every network on the straight line between two trained ones 
 call, and decide whether the mean of several networks' weights, a soup, is worth
 anything.
 
-**In short.** Look at the line before you average weights: in this run, where the loss
-rises between two networks, the soup of their team is worse than its members. Copies of
-one network that part early in training may have no such wall between them; networks
-with starts of their own have one here, and one averages their predictions.
+**In short.** Look at the line before you average weights. Copies of one network that
+part after some common steps can have no rise of the loss between them (no barrier:
+linear mode connectivity). Copies that part at once, and networks with starts of their
+own, have a barrier here, and a mean worse than they are: average their predictions.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -75,10 +75,10 @@ def soup(params):
 #
 # A team has four members. Either each has its own start and its own minibatches, or all
 # four are one network for some steps and **fork** after that: they have the same start,
-# and the same minibatches up to the fork. In a stack, that is a matter of row numbers.
-# All teams train in one call, eight times each (repeats: other starts and minibatches,
-# the same images), and each with two schedules: a constant learning rate, and one that
-# falls to zero.
+# and the same minibatches up to the fork. In a stack, members with one start are one
+# row, taken four times. All teams train in one call, eight times each (repeats: other
+# starts and minibatches, the same images), and each with two schedules: a constant
+# learning rate, and one that falls to zero.
 
 teams = {"own starts": 0, "fork at 0": 0, "fork at 5": 5, "fork at 100": 100}  # steps
 num_steps, repeats = 300, 8
@@ -95,7 +95,7 @@ schedules = torch.stack([torch.ones(num_steps), falling])
 
 
 def train(params, rows, rates, x, y):
-    """Adam steps with ``lr=1``, of which each member goes its share, its rate."""
+    """Adam's step grows with ``lr``: with ``lr=1``, each goes its own fraction."""
     params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     optimizer = torch.optim.Adam(params.values(), lr=1, fused=True)
     for batch, rate in zip(rows.to(x.device), rates.to(x), strict=True):
@@ -180,14 +180,14 @@ params = train(params, rows.repeat(1, 2, 1), rates, images, digits)
 print(f"{len(rates[0])} networks trained, {num_steps} steps each")
 
 # %%
-# Is there a wall?
-# ----------------
+# Is there a barrier?
+# -------------------
 #
 # The line goes from member 0 to member 1 of each team; the loss is that of 1,000 test
 # images, to report it: decide by others. **What should happen:** hidden units have no
 # order, so two networks may compute the same with other units at other places, and a
 # mean mixes what does not belong together. Copies that have shared their first steps
-# can have settled on one order. Frankle (2020) found no wall after a short common
+# can have settled on one order. Frankle (2020) found no barrier after a short common
 # training, and on MNIST without any, which "fork at 0" asks here.
 
 members = {
@@ -199,11 +199,11 @@ losses = vmap(line, in_dims=(0, 0, None, None), chunk_size=8)(one, two, x, y)
 losses = losses.unflatten(0, shape[:3]).cpu()  # [schedule, repeat, team, point]
 shares = torch.linspace(0, 1, losses.shape[-1])
 straight = torch.lerp(losses[..., :1], losses[..., -1:], shares)
-walls = (losses - straight).amax(-1)  # above the straight line between the two ends
+barriers = (losses - straight).amax(-1)  # above the straight line between the two ends
 named = {"constant rate": 0, "falling rate": 1}
 for schedule, s in named.items():
     print(f"{schedule}: highest point above the straight line between the ends, or 0")
-    for team, part in zip(teams, walls[s].T, strict=True):
+    for team, part in zip(teams, barriers[s].T, strict=True):
         print(f"    {team:12} {part.mean():.3f} ({part.min():.3f} to {part.max():.3f})")
 
 # %%
@@ -226,7 +226,7 @@ fig.set_label(
     "Test loss on the line between two members. Highest point above the straight line, "
     "mean of eight repeats: "
     + "; ".join(
-        f"{schedule}, {team}: {walls[s, :, k].mean():.2f}"
+        f"{schedule}, {team}: {barriers[s, :, k].mean():.2f}"
         for schedule, s in named.items()
         for k, team in enumerate(teams)
     )
@@ -320,9 +320,6 @@ fig.set_label(
 # Compare the soup with a member, at its own schedule, and with the network that has
 # cost as many steps. What do forks cost the ensemble?
 
-walled = walls.mean(1) > 0.02  # [schedule, team]
-gaps = (scores["soup"] - scores["member"]).mean(1)[walled]
-print(f"teams with a wall above 0.02: {len(gaps)}, soup worse: {(gaps > 0).sum()}")
 print("ensemble of forks minus ensemble of own starts:")
 for schedule, s in named.items():
     first, *forked = scores["ensemble"][s].T
@@ -334,9 +331,12 @@ for schedule, s in named.items():
 # it repairs a short training. Where an ensemble of forks is worse, keep own starts for
 # it. The two schedules also differ in their rates, which were chosen for each.
 #
-# With batch norm, the mean of the weights needs statistics of its own: Izmailov (2018)
-# computes them anew in one pass over the training images. What is found here is found
-# for one small network, one data set and these two schedules.
+# With batch norm, the mean of the weights needs statistics of its own, from one pass
+# over the training images: ``torch.optim.swa_utils.update_bn`` (Izmailov 2018). The
+# soups of Wortsman (2022) are copies of one pretrained network, fine-tuned with other
+# settings; their greedy soup keeps a member if it helps on validation data. Neither is
+# tried here. What is found here is found for one small network, one data set and these
+# two schedules.
 #
 # Remember
 # --------

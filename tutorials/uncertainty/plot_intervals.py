@@ -2,14 +2,14 @@
 Intervals that hold, from a bootstrap ensemble
 ==============================================
 
-Turn an ensemble of regression networks into intervals for new rows whose promise does
-not depend on how long the networks were trained, if new rows are like the old ones.
+Turn a bootstrap ensemble of regression networks into prediction intervals that keep
+their coverage however long the networks were trained, for new rows like the old ones.
 
 **In short.** Train each member on a bootstrap sample, and keep which rows it has not
-seen: the errors on these are honest. An interval of 90 % made of them is proven, but
-for a detail named below, to hold for at least 80 % of new rows (Barber 2021, Kim 2020);
-the run prints how many it holds for here, beside the quantile of training errors and
-the bars of an ensemble.
+seen: the errors on these are honest (jackknife+ after bootstrap, a kind of conformal
+prediction). Here the intervals held at every length of training, where the quantile of
+training errors and the bars of an ensemble did not; bars that stop by unseen rows held,
+too. The proof promises less than is seen: at least 80 % for an interval of 90 %.
 
 Before you start: ``plot_regression.py`` splits a variance into noise and ignorance.
 """
@@ -35,8 +35,9 @@ print(f"{device.type}, torch {torch.__version__}, float32 but for the check")
 # The interval of a bootstrap ensemble
 # ------------------------------------
 #
-# The lines to copy. ``counts`` says how often each member trains on each row, so it is
-# the weight of the row in the member's loss.
+# The lines to copy; ``predict`` stands below, with the network. ``counts`` says how
+# often each member trains on each row, so it is the weight of the row in the member's
+# loss.
 
 
 def bootstrap(num_models, num_rows):
@@ -53,8 +54,8 @@ def member_loss(params, weight, x, y):
 
 
 # %%
-# For each row, the mean of the members that have not seen it makes an error at the row
-# and a prediction at the new input. The ends of the interval are quantiles, over the
+# For each row, average the members that have not seen it: at the row, which gives an
+# honest error, and at the new input. The ends of the interval are quantiles, over the
 # rows, of the prediction minus and plus this error.
 
 
@@ -300,9 +301,9 @@ fig.set_label(
 )
 
 # %%
-# A line that leaves 90 % far below belongs to a method that hangs on when one stops.
-# Where coverage stays near 90 %, a width that grows says that errors at unseen rows
-# grew.
+# A line that falls far below 90 % belongs to a method whose coverage depends on when
+# one stops. Where coverage stays near 90 %, a width that grows says that errors at
+# unseen rows grew.
 
 for name in ("leave one out", "split conformal"):
     for k in (0, 2, -1):
@@ -314,9 +315,12 @@ for name in ("leave one out", "split conformal"):
 
 # %%
 # Splits share patients, so counts of splits are no proof. The proven 80 % are a mean
-# over draws of the rows, too: one split may lie below. Kim (2020) proves it for a
-# number of members that is drawn at random. All proofs ask for rows whose order tells
-# nothing: an interval need not hold for patients of another kind.
+# over draws of the rows, too: one split may lie below. Barber (2021) proves them for
+# leave one out, Kim (2020) for a bootstrap with a random number of members: fifty,
+# fixed before, are not covered to the letter. All proofs ask for rows whose order tells
+# nothing (exchangeable ones): an interval need not hold for patients of another kind.
+# All new rows share quantiles of the same errors, so the width hardly tells which
+# patient is doubtful, unlike the bars of ``plot_regression.py``.
 #
 # Compare the two that stop with each other: both have chosen their length. Split
 # conformal is proven for the full 90 %, but gives away half of the rows: compare its
