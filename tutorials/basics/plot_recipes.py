@@ -427,6 +427,7 @@ for when in "older", "newer":
 # ----
 #
 # - ``plot_what_vmap_refuses.py``: when a recipe ends in an error of ``vmap``.
+# - ``plot_more_recipes.py``: graphs, sparse matrices, ODE solvers, augmentation.
 #
 # References
 # ----------

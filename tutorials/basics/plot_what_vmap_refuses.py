@@ -63,7 +63,8 @@ def compare(refused, accepted, *inputs):
 #   as ``(0, None)``. For a dictionary, it is a number or a dictionary of numbers.
 # - ``must only return Tensors``: the function returns a ``str``, an ``int``, ``None``
 #   or a dataclass. Pass ``out_dims=(0, None)`` if the second output is no tensor. For a
-#   dataclass ``out``, return ``vars(out)``. A ``NamedTuple`` is accepted.
+#   dataclass, call ``torch.export.register_dataclass`` once, or return ``vars(out)``. A
+#   ``NamedTuple`` is accepted.
 # - ``input.size(-2) should match other.size(-2)``: ``lstsq`` takes no vector here.
 #   Write ``torch.linalg.lstsq(a, b[:, None]).solution[:, 0]``.
 # - ``too many indices for tensor``, ``expected 4D input (got 3D input)``: inside, a
@@ -113,8 +114,9 @@ def compare(refused, accepted, *inputs):
 #   takes a fast path without gradient or rule. Call
 #   ``torch.backends.mha.set_fastpath_enabled(False)``.
 # - ``expand is unsupported for Sparse``, ``Sparse CSR tensors do not have``: ``A @ x``
-#   with a sparse ``A``. Make the members columns, without ``vmap``:
-#   ``(A @ xs.movedim(0, 1).flatten(1)).unflatten(1, (len(xs), -1)).movedim(1, 0)``.
+#   with a sparse ``A``. Make the members columns, without ``vmap``
+#   (``plot_more_recipes.py``): ``(A @ xs.movedim(0, 1).flatten(1)).unflatten(1,
+#   (len(xs), -1)).movedim(1, 0)``.
 # - ``reshape is not implemented for sparse tensors``: the gradient of an embedding.
 #   Delete ``sparse=True``.
 # - ``There is a performance drop``: the operator runs once for each member.
