@@ -115,8 +115,8 @@ def compare(refused, accepted, *inputs):
 #   ``torch.backends.mha.set_fastpath_enabled(False)``.
 # - ``expand is unsupported for Sparse``, ``Sparse CSR tensors do not have``: ``A @ x``
 #   with a sparse ``A``. Make the members columns, without ``vmap``
-#   (``plot_more_recipes.py``): ``(A @ xs.movedim(0, 1).flatten(1)).unflatten(1,
-#   (len(xs), -1)).movedim(1, 0)``.
+#   (``plot_more_recipes.py``):
+#   ``(A @ xs.movedim(0, 1).flatten(1)).unflatten(1, (len(xs), -1)).movedim(1, 0)``.
 # - ``reshape is not implemented for sparse tensors``: the gradient of an embedding.
 #   Delete ``sparse=True``.
 # - ``There is a performance drop``: the operator runs once for each member.
