@@ -43,8 +43,9 @@ def test_a_step_trains_what_each_model_trains_alone():
     own = {name: p.requires_grad_() for name, p in own.items()}
     optimizer = torch.optim.AdamW(own.values(), lr=1e-2)
     x, y = torch.randn(5, 8, 196).double(), torch.randint(10, (5, 8))
+    call = vmap(predict, in_dims=(0, None, 0))
     for _ in range(5):
-        PAGE["train_step"](optimizer, own, predict, x, y)
+        PAGE["train_step"](optimizer, call, own, x, y)
         for (model, _), adam, row, digits in zip(alone, adams, x, y, strict=True):
             adam.zero_grad()
             F.cross_entropy(model(row), digits).backward()
@@ -93,3 +94,31 @@ def test_what_zeros_train(start):
     model(torch.randn(5, 4)).square().sum().backward()
     assert (model[0].B.grad == 0).all() == (start == "A and B")
     assert (model[0].A.grad == 0).all()
+
+
+def test_a_lower_rank_filled_with_zeros_stays_what_it_is():
+    low = new_adapters(1)
+    low = {name: torch.randn_like(p[0]) / 9 for name, p in low.items()}
+    full = {}
+    for name, p in low.items():
+        shape = (2, p.shape[1]) if name.endswith(".A") else (p.shape[0], 2)
+        full[name] = torch.cat([p, p.new_zeros(shape)], int(name.endswith(".B")))
+    x, trained = torch.randn(5, 196).double(), []
+    for adapter, rank in ((low, 4), (full, 6)):
+        model = add_lora(build(), rank).double()
+        model.load_state_dict(BASE | adapter)
+        own = [p for name, p in model.named_parameters() if name in adapter]
+        optimizer = torch.optim.AdamW(own, lr=1e-2)
+        outputs = [model(x)]
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        trained.append([*outputs, model(x)])
+    close(trained[0], trained[1])
+    rest = [
+        p[4:] if n.endswith(".A") else p[:, 4:]
+        for n, p in model.named_parameters()
+        if n in full
+    ]
+    assert not any(p.any() for p in rest)

@@ -2,12 +2,15 @@
 Many LoRA adapters on one frozen network
 ========================================
 
-Train a low-rank adapter for each of many users in one ``torch.func.vmap`` call, with
-the frozen network once in memory, and see what a higher rank and more steps bring.
+Train a LoRA adapter for each of many users at once, in one ``torch.func.vmap`` call on
+one frozen network, and compare two ranks with a last layer and a copy for each user.
 
-**In short.** Give each linear layer two small matrices and a hook that adds the input
-times both to its output. Stack only these matrices, and hand the network to ``vmap``
-with ``in_dims=None``: it is not copied, and its weights keep their names.
+**In short.** A LoRA adapter adds ``x @ A.T @ B.T`` to the output of a linear layer:
+write this as a forward hook, stack the matrices ``A`` and ``B`` of all users, and call
+``vmap`` with ``in_dims=(0, None, 0)``. All users train in one call, the frozen network
+is in memory once, and each user gets the adapter that training alone gives (tested).
+In the task below, an adapter for each user is far better than the frozen network alone,
+and a copy of all weights for each user is better still.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -15,9 +18,6 @@ Before you start: ``plot_ensembling.py`` says how models are stacked.
 # %%
 # Set-up
 # ------
-
-import math
-from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -36,15 +36,10 @@ print(f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}
 # %%
 # An adapter for each user
 # ------------------------
-#
-# ``add_lora`` makes places without values: call it on the skeleton, once, not on a
-# model in use. Only layers of type ``nn.Linear`` get one; buffers belong into ``base``.
-# ``new_adapters`` makes the values, ``A`` at random and ``B`` zeros, so that all users
-# start with what the base says [1].
 
 
 def add_lora(model, rank=4):
-    """Give each linear layer a path of low rank beside it."""
+    """Give each linear layer places for A and B, and a hook that adds their product."""
     for layer in [m for m in model.modules() if type(m) is nn.Linear]:
         layer.A = nn.Parameter(torch.empty(rank, layer.in_features))
         layer.B = nn.Parameter(torch.empty(layer.out_features, rank))
@@ -68,7 +63,10 @@ def predict(adapter, base, x):
 
 
 # %%
-# The network stays outside of the stack:
+# ``add_lora`` is called once, on a skeleton without values. ``base`` holds the frozen
+# weights under their usual names; if your model has buffers, add them. ``B`` starts at
+# zero, so that every user starts with the outputs of the base [1]. The shapes printed
+# below are those of all users together.
 
 
 def build():  # your model
@@ -76,33 +74,37 @@ def build():  # your model
     return nn.Sequential(*layers, nn.Linear(128, 10))
 
 
-network = build().to(device)  # trained below; load yours
-base = {name: p.detach() for name, p in network.named_parameters()}
-with torch.device("meta"):
-    skeleton = add_lora(build())
-adapters = new_adapters(skeleton, num_users=8)
-for part in (base, adapters):
-    print({key: list(p.shape) for key, p in part.items() if key.startswith("0.")})
-
-# %%
-# A step trains all users, each on a batch of their own. The optimizer has to work
-# element by element, as ``torch.optim.AdamW(adapters.values())`` does:
-
-
-def train_step(optimizer, own, call, x, y):  # call: predict; x [8, batch, 196]
-    logits = vmap(call, in_dims=(0, None, 0))(own, base, x)  # [8, batch, 10]
-    losses = F.cross_entropy(logits.mT, y, reduction="none").mean(1)  # [8]
+def train_step(optimizer, call, own, x, y):
+    """Train all users, each on a batch of their own; returns the loss of each."""
+    logits = call(own, base, x)  # [users, batch, 10]
+    losses = F.cross_entropy(logits.mT, y, reduction="none").mean(1)  # [users]
     optimizer.zero_grad()
     losses.sum().backward()
     optimizer.step()
+    return losses.detach()
 
+
+network = build().to(device)  # trained below; load yours
+base = {name: p.detach() for name, p in network.named_parameters()}
+with torch.device("meta"):
+    plain, skeleton = build(), add_lora(build())
+every = vmap(predict, in_dims=(0, None, 0))  # own adapters and inputs, one base
+adapters = new_adapters(skeleton, num_users=16)
+optimizer = torch.optim.AdamW(adapters.values(), lr=0.01)
+x, y = torch.randn(16, 32, 196), torch.randint(10, (16, 32))
+losses = train_step(optimizer, every, adapters, x.to(device), y.to(device))
+print(list(losses.shape), {name: list(p.shape) for name, p in adapters.items()})
 
 # %%
+# The losses are summed, so each user's gradient is that of their own loss. AdamW treats
+# each number alone. Whatever takes a norm of the whole stack mixes the users, as
+# ``clip_grad_norm_`` does: ``plot_training.py`` clips each model by its own norm.
+#
 # It computes what a loop computes, and merges
 # --------------------------------------------
 #
-# ``merged`` adds one user's adapter to the weights of the base. They fit into
-# ``build()``, which has no hooks: ``model.load_state_dict(merged(base, adapter))``.
+# ``merged`` adds one user's adapter to the weights of the base. The result fits into a
+# model without hooks: ``model.load_state_dict(merged(base, adapter))``.
 
 
 def merged(base, adapter):
@@ -117,13 +119,11 @@ def merged(base, adapter):
 # The check, in float64 on the CPU: outputs and gradients of three adapters in one call,
 # and of three merged networks one after the other.
 
-with torch.device("meta"):
-    plain = build()
 frozen = {name: p.cpu().double() for name, p in base.items()}
-few = {k: torch.randn(3, *p.shape[1:]) / 9 for k, p in adapters.items()}
+few = {k: torch.randn(3, *p.shape[1:]) / 4 for k, p in adapters.items()}
 few = {name: p.cpu().double().requires_grad_() for name, p in few.items()}
 x = torch.randn(3, 8, 196).double().cpu()
-outputs = vmap(predict, in_dims=(0, None, 0))(few, frozen, x)
+outputs = every(few, frozen, x)
 users = [{name: p[i] for name, p in few.items()} for i in range(3)]
 loop = [functional_call(plain, merged(frozen, a), x[i]) for i, a in enumerate(users)]
 loop, weights = torch.stack(loop), tuple(few.values())
@@ -137,13 +137,14 @@ print(f"outputs and gradients, largest difference from merged networks: {far:.0e
 assert far < 1e-10, "one call does not compute what each user's merged network does"
 
 # %%
-# Eight users, each with digits of their own
-# ------------------------------------------
+# Sixteen users, each with digits of their own
+# --------------------------------------------
 #
 # The base learns 3,000 digits of 14 x 14 pixels. Each user's digits are turned by an
-# angle of their own, up to 60 degrees, and every second user swaps black and white. A
-# draw gives each user 150 digits to train on and 150 to choose a learning rate. The
-# test is the same 1,000 further digits for all, turned and swapped likewise.
+# angle of their own, up to 60 degrees, and every second user swaps black and white.
+# Each user has 150 digits to train on and 150 to choose a learning rate, drawn from
+# 1,000 that the base has not seen. The test is the same 1,000 further digits for all,
+# turned and swapped likewise.
 
 pixels, digits = (torch.as_tensor(array) for array in mnist_data())
 order = torch.randperm(5000)
@@ -162,7 +163,7 @@ for _ in range(10):
 
 def turned(rows, user):
     """Images of these rows as a user has them, and their digits."""
-    angle = torch.tensor((user / 3.5 - 1) * math.pi / 3)
+    angle = torch.tensor((user / 7.5 - 1) * torch.pi / 3)
     c, s = angle.cos(), angle.sin()
     turn = torch.tensor([[c, -s, 0], [s, c, 0]], device=device).expand(len(rows), 2, 3)
     x = images[rows].unflatten(1, (1, 14, 14)) + 1  # what comes in from outside is 0
@@ -171,27 +172,23 @@ def turned(rows, user):
     return x * (-1) ** user, digits[rows]
 
 
-def draw(choose):
-    """Of each user: [8, rows, 196] and [8, rows]."""
-    parts = [turned(choose(), user) for user in range(8)]
+def of_all(rows):
+    """Of each user: [16, rows, 196] and [16, rows]."""
+    parts = [turned(rows[user], user) for user in range(16)]
     return [torch.stack(part) for part in zip(*parts, strict=True)]
 
 
-def accuracy(own, call, x, y):
-    with torch.no_grad():
-        logits = vmap(call, in_dims=(0, None, 0))(own, base, x)
-    return (logits.argmax(-1) == y).float().mean(1)  # of each user
-
+x, y = of_all([torch.randperm(1000)[:300] + 3000 for _ in range(16)])
+test = of_all([torch.arange(4000, 5000)] * 16)
 
 # %%
 # Which rank?
 # -----------
 #
-# Adapters of rank 4 and 16 are compared with a last layer and with a copy of all
-# weights for each user. All train by the same lines, 100 steps of 32 digits, the users
-# of five draws in one call. A rank may be too low, or only slow: rank 4 also gets 300
-# steps. For each way the mean over all validation digits chooses one of three learning
-# rates around the best of a coarser grid (not shown).
+# Adapters of rank 4 and 16 are compared with two rivals: an own last layer for each
+# user, and an own copy of all weights. A rank may be too low, or only need more steps.
+# So all ways train for the same 200 steps of 32 digits, and are tested after 50, 100
+# and 200. Each time, validation accuracy chooses one of three learning rates a way.
 
 
 def replace(own, base, x):
@@ -199,124 +196,131 @@ def replace(own, base, x):
     return functional_call(plain, base | own, (x,), strict=True)
 
 
-def copies(names, n):
-    return {name: base[name].expand(n, *base[name].shape) for name in names}
+def copies(names):
+    return {name: base[name].expand(16, *base[name].shape) for name in names}
 
 
-def low_rank(rank, n):
+def low_rank(rank):
     with torch.device("meta"):
         model = add_lora(build(), rank)
-    return new_adapters(model, n)
+    return new_adapters(model, 16)
 
 
-def fit(own, call, lr, steps):
-    """Train stacked tensors on digits of every user."""
-    own = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
-    optimizer = torch.optim.AdamW(own.values(), lr=lr, fused=True)
-    each = torch.arange(len(x), device=device)[:, None]
-    for rows in torch.randint(150, (steps, len(x), 32)).to(device):
-        train_step(optimizer, own, call, x[each, rows], y[each, rows])
-    return own
-
-
-last_layer, everything = ["4.weight", "4.bias"], list(base)
-ways = {  # how to make own tensors, how to call, learning rates, steps
-    "last layer": (partial(copies, last_layer), replace, (0.03, 0.1, 0.3), 100),
-    "rank 4": (partial(low_rank, 4), predict, (0.003, 0.01, 0.03), 100),
-    "rank 4, 300 steps": (partial(low_rank, 4), predict, (0.003, 0.01, 0.03), 300),
-    "rank 16": (partial(low_rank, 16), predict, (0.003, 0.01, 0.03), 100),
-    "copy": (partial(copies, everything), replace, (0.001, 0.003, 0.01), 100),
+own_weights = vmap(replace, in_dims=(0, None, 0))
+ways = {  # own tensors at the start, how to call, learning rates
+    "last layer": (copies(["4.weight", "4.bias"]), own_weights, (0.05, 0.15, 0.5)),
+    "rank 4": (low_rank(4), every, (0.004, 0.012, 0.04)),
+    "rank 16": (low_rank(16), every, (0.002, 0.006, 0.02)),
+    "copy": (copies(base), own_weights, (0.001, 0.003, 0.01)),
 }
 
 # %%
 
-draws = [draw(lambda: torch.randperm(1000)[:300] + 3000) for _ in range(5)]
-x, y = (torch.cat(part) for part in zip(*draws, strict=True))  # [40, 300, 196]
-test = draw(lambda: torch.arange(4000, 5000))
-test = [torch.cat(5 * [part]) for part in test]  # the same for each draw
-as_it_is = accuracy(copies(["4.bias"], 40), replace, *test)  # the base
-print(f"base: {as_it_is.mean():.1%} right")
-numbers, right, trained = {}, {}, {}
-for way, (make, call, rates, steps) in ways.items():
-    tried = [fit(make(40), call, lr, steps) for lr in rates]
-    valid = [accuracy(own, call, x[:, 150:], y[:, 150:]).mean() for own in tried]
-    best = torch.stack(valid).argmax()
-    trained[way] = tried[best]
-    numbers[way] = sum(p[0].numel() for p in tried[best].values())
-    right[way] = accuracy(tried[best], call, *test).view(5, 8)  # draws, users
-    part = right[way].mean(1)
-    print(f"{way}: {numbers[way]:,} numbers a user, rate {rates[best]} of {rates}")
-    print(f"    {part.mean():.1%} right ({part.min():.1%} to {part.max():.1%})")
+
+def accuracy(call, own, x, y):
+    with torch.no_grad():
+        return (call(own, base, x).argmax(-1) == y).double().mean(1).cpu()  # [users]
+
+
+def fit(call, own, lr, looks):
+    """At each look: accuracy of each user on validation and on test digits."""
+    own = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    optimizer = torch.optim.AdamW(own.values(), lr=lr, fused=True)
+    each, found = torch.arange(16, device=device)[:, None], []
+    for step in range(1, looks[-1] + 1):
+        rows = torch.randint(150, (16, 32)).to(device)
+        train_step(optimizer, call, own, x[each, rows], y[each, rows])
+        if step in looks:
+            valid = accuracy(call, own, x[:, 150:], y[:, 150:])
+            found.append(torch.stack([valid, accuracy(call, own, *test)]))
+    return torch.stack(found)  # [looks, 2, users]
+
 
 # %%
-# In brackets are the lowest and the highest mean over users among the five draws, which
-# share the base, the test and the 1,000 digits that they are drawn from. A way without
-# a number of steps had 100.
+
+looks, right, numbers = [50, 100, 200], {}, {}
+as_it_is = accuracy(own_weights, copies(["4.bias"]), *test).mean()  # the base
+print(f"digits right after {looks} steps (rates); base {as_it_is:.1%}")
+for way, (own, call, rates) in ways.items():
+    valid, tested = torch.stack([fit(call, own, lr, looks) for lr in rates]).unbind(2)
+    best = valid.mean(-1).argmax(0)  # of each look
+    right[way] = 100 * tested[best, range(len(looks))]  # percent, [looks, users]
+    numbers[way] = sum(p[0].numel() for p in own.values())
+    rows = zip(right[way].mean(1), best, strict=True)
+    told = ", ".join(f"{mean:.1f}% ({rates[i]})" for mean, i in rows)
+    print(f"{way}, {numbers[way]:,} numbers a user: {told}")
+
+# %%
+# Two ways are compared user by user: the mean difference in points, ± two standard
+# errors of that mean. A mean nearer to zero than that is called no difference. The
+# users share one base and one test.
 
 
-def compare(way, rival):
-    points = 100 * (right[way] - right[rival]).mean(1)  # of each draw
-    low, high = points.min().item(), points.max().item()
-    told = "better in" if low > 0 else "worse in" if high < 0 else "not the same way in"
-    told = f"{told} all draws, {points.mean():+.1f} points ({low:+.1f} to {high:+.1f})"
-    return f"{way} against {rival}: {told}"
+def compare(way, rival, look):
+    gain = right[way][look] - right[rival][look]  # of each user
+    mean, noise = gain.mean(), 2 * gain.std() / len(gain) ** 0.5
+    told = "better" if mean > noise else "worse" if mean < -noise else "no difference"
+    return f"{way} against {rival}: {told} ({mean:+.1f} ± {noise:.1f} points)"
 
 
-slow = "rank 4, 300 steps"
-pairs = [("rank 16", "rank 4"), (slow, "rank 4"), ("rank 16", slow)]
-pairs += [("copy", "rank 16"), ("copy", slow), ("rank 4", "last layer")]
-verdicts = [compare(*pair) for pair in pairs]
+verdicts = []
+for look in (0, -1):
+    for pair in [("rank 4", "last layer"), ("rank 16", "rank 4"), ("copy", "rank 16")]:
+        verdicts.append(f"{looks[look]} steps, {compare(*pair, look)}")
 print(*verdicts, sep="\n")
 
 # %%
 
 fig, ax = plt.subplots(layout="constrained")
-for way, marker in zip(ways, "s^v^o", strict=True):
-    part, place = 100 * right[way].mean(1).cpu(), numbers[way]
-    middle = part.mean()
-    bars = [[middle - part.min()], [part.max() - middle]]
-    ax.errorbar(place, middle, yerr=bars, fmt=f"C0{marker}", capsize=3)
-    ax.annotate(way, (place, middle), xytext=(8, -3), textcoords="offset points")
-ax.axhline(100 * as_it_is.mean().item(), color="gray", ls="--", label="base alone")
-ax.set(xscale="log", xlabel="own numbers of a user", ylabel="digits right, percent")
-ax.set_xlim(1e3, 1e5)
-ax.set_title(f"Mean of 8 users, bars: lowest and highest of 5 draws\n{name}, float32")
-ax.legend()
+for way, marker in zip(ways, "s^vo", strict=True):
+    label = f"{way}: {numbers[way]:,}"
+    ax.plot(looks, right[way].mean(1), marker=marker, label=label)
+ax.axhline(100 * as_it_is, color="gray", ls="--", label="base alone: 0")
+ax.set(xscale="log", xlabel="training steps", ylabel="digits right, percent")
+ax.set_xticks(looks, looks)
+ax.minorticks_off()
+ax.set_title(f"Test accuracy, mean of 16 users, {name}, float32")
+ax.legend(title="own numbers of a user")
 fig.set_label(
-    "Test accuracy against the own numbers of a user: last layer, adapters of rank 4 "
-    f"and 16, copy. {'; '.join(verdicts[:3])}."
+    "Test accuracy against training steps for a last layer, adapters of rank 4 and 16, "
+    f"and a copy for each user. {'; '.join(verdicts[-3:])}."
 )
 
 # %%
-# **Choose rank, steps and learning rate together, on digits that no user trains on.**
-# Where rank 16 is better than rank 4 also after 300 steps, rank 4 was too low for these
-# users. Where it is better only at equal steps, rank 4 was slow. Where a copy is
-# better, it costs memory: the table has its numbers.
+# **Choose rank, steps and learning rate together, on data that no user trains on.**
+# Where the lines of two ranks meet, the lower rank needed only more steps. Where they
+# stay apart up to the last step, it is too low for these users, or needs more steps
+# still. The legend has what each way costs in memory for each user.
 #
 # The mistake: a skeleton without the adapters
 # --------------------------------------------
 #
-# With ``strict=False``, the default, unused adapters raise no error:
+# With ``strict=False``, the default of ``functional_call``, a skeleton without
+# ``add_lora`` ignores the adapters, and answers as the base does:
 
-user = {key: p[0].detach() for key, p in trained["rank 4"].items()}
+user = {name: p.detach().float().to(device) for name, p in users[0].items()}
 x = test[0][0]
 for model in (skeleton, plain):
     answers = functional_call(model, base | user, (x,), strict=False).argmax(-1)
-    print(f"{(answers == network(x).argmax(-1)).float().mean():.0%} as the base")
+    same = (answers == network(x).argmax(-1)).float().mean()
+    print(
+        f"{'with' if model is skeleton else 'without'} places: {same:.0%} as the base"
+    )
 try:
     functional_call(plain, base | user, (x,), strict=True)
 except RuntimeError as error:
     print(error)
 
 # %%
-# If an adapter was trained with a factor ``alpha / r`` [1], as PEFT does, multiply its
-# ``B`` by that factor. Three more mistakes (tested):
+# Four more mistakes (tested):
 #
 # - ``add_lora`` called twice on a model adds every adapter twice.
 # - ``nn.MultiheadAttention`` gets no adapter: the weight of its inputs is no
 #   ``nn.Linear``, and its ``out_proj`` is never called. Write attention with four
 #   ``nn.Linear``.
 # - With ``A`` and ``B`` both zero, all gradients are zero, and nothing trains.
+# - Adapters of different ranks do not stack. Fill the lower rank with zeros, in ``A``
+#   and in ``B``: its outputs stay the same, and the zeros stay zeros in training.
 #
 # **A pretrained transformer** works with the same ``add_lora`` and ``new_adapters``. In
 # ``BertModel`` of transformers 5.24.0 with the weights of all-MiniLM-L6-v2, an adapter
@@ -325,14 +329,16 @@ except RuntimeError as error:
 # Remember
 # --------
 #
-# **Stack what differs, share what does not**: adapters are mapped, the base is handed
-# over with ``None``. Before you compare ranks, choose the learning rate of each on
-# validation data, and try more steps.
+# **Stack what differs, share what does not**: adapters are mapped, the base is passed
+# with ``None``. Before you compare ranks, choose the learning rate of each on
+# validation data, and compare them after more than one number of steps.
 #
 # Next
 # ----
 #
-# - ``plot_serve_adapters.py``: all users in one mixed batch, and what a step costs.
+# - ``plot_serve_adapters.py``: users in one mixed batch, adapters from PEFT, and what a
+#   training step costs beside a loop.
+# - ``plot_training.py``: clip the gradient of each model, stop each one early.
 # - ``plot_saving.py``: save the stack, take one user's rows out.
 #
 # References
@@ -340,3 +346,5 @@ except RuntimeError as error:
 #
 # - [1] E. J. Hu et al.: LoRA, 2021, `arXiv:2106.09685
 #   <https://arxiv.org/abs/2106.09685>`_.
+# - The question: how to train many LoRAs at once, `peft#631
+#   <https://github.com/huggingface/peft/issues/631>`_.
