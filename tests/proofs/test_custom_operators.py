@@ -81,6 +81,68 @@ def test_inputs_that_all_share_and_nested_calls(form):
     torch.testing.assert_close(nested[0], kernel(A, X))
 
 
+def test_the_gradient_of_what_all_share_is_the_sum():
+    for form in Scan, PAGE["Wrapped"], ScanOp:
+        shared = A[0].clone().requires_grad_()
+        vmap(loss_of(form.apply), (None, 0))(shared, X).sum().backward()
+        torch.testing.assert_close(
+            shared.grad, slopes_of(PAGE["plain_scan"], A[:1].expand(5, 8), X)[0].sum(0)
+        )
+
+
+def test_which_form_works_where():
+    """The calls are those of the page's table."""
+    library = PAGE["LibraryScan"].apply
+    forms = (
+        *((Scan.apply, 1, 2, 2), (library, None, None, None)),
+        *((PAGE["Wrapped"].apply, 1, 3, 3), (WITHOUT, 5, None, 10)),
+        *((SCAN, 1, None, 2), (ScanOp.apply, 1, 2, 2)),
+    )
+    a, x = A.clone().requires_grad_(), X.clone().requires_grad_()
+    for form, *expected in forms:
+        loss = loss_of(form)
+        for call, times in zip(
+            (
+                lambda form=form: vmap(form)(A, X),
+                lambda loss=loss: vmap(grad(loss))(A, X),
+                lambda loss=loss: vmap(loss)(a, x).sum().backward(),
+            ),
+            expected,
+            strict=True,
+        ):
+            if times is None:
+                with pytest.raises(RuntimeError, match="override the setup_context"):
+                    call()
+            else:
+                assert counted(call)[1] == times
+
+
+def test_a_kernel_that_reads_pointers_needs_contiguous_tensors():
+    def by_pointer(*tensors):
+        return kernel(
+            *(t.as_strided(t.shape, torch.empty(t.shape).stride()) for t in tensors)
+        )
+
+    for body, right in (
+        (by_pointer, False),
+        (lambda a, x: by_pointer(a.contiguous(), x.contiguous()), True),
+    ):
+        op = names_of(NAME, "Scan", "members_first", kernel=body)["Scan"].apply
+        found = vmap(op, (0, 1))(A, X.T.contiguous())
+        assert torch.allclose(found, kernel(A, X)) is right
+
+
+def test_a_triton_op_takes_the_rule():
+    @torch.library.triton_op("proofs::body_of_pytorch", mutates_args=())
+    def made(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return a * x
+
+    seen = []
+    made.register_vmap(lambda *given: (seen.append(given), rule_of(made)(*given))[1])
+    torch.testing.assert_close(vmap(made, (0, 1))(A, X.T), A * X)
+    assert len(seen) == 1
+
+
 def narrow(a, x):
     """Takes one batch dimension."""
     assert x.ndim == 2
@@ -196,10 +258,14 @@ def test_a_rule_by_name():
     torch.testing.assert_close(found, kernel(A, X))
 
 
-def test_neither_filter_nor_opcheck_finds_the_loop():
+def test_neither_filter_nor_opcheck_finds_the_loop(capfd):
     with warnings.catch_warnings(action="error"):
         _, calls = counted(lambda: vmap(WITHOUT)(A, X))
     assert calls == 5
+    assert "performance drop" in capfd.readouterr().err
+    op = names_of(NAME, "ScanOp", "Scan", scan=WITHOUT)["ScanOp"]
+    with pytest.warns(UserWarning, match="performance drop"):
+        vmap(op.apply)(A, X)
     with warnings.catch_warnings(action="ignore"):
         inputs = A.clone().requires_grad_(), X.clone().requires_grad_()
         assert set(torch.library.opcheck(WITHOUT, inputs).values()) == {"SUCCESS"}

@@ -2,17 +2,26 @@
 An operator of your own under vmap
 ==================================
 
-Make a kernel in NumPy, C++ or Triton, a ``torch.autograd.Function`` or a
-``torch.library.custom_op`` work for all members in one call of ``torch.func.vmap``, and
-give each member its gradient.
+Run a kernel in NumPy, C++ or Triton, a ``torch.autograd.Function`` or a
+``torch.library.custom_op`` for all members in one call of ``torch.func.vmap``, and get
+the gradient of each member.
 
-**In short.** A ``Function`` that calls only PyTorch needs ``generate_vmap_rule =
-True``. A kernel that takes leading dimensions needs a ``vmap`` staticmethod. A
-``custom_op`` needs ``register_vmap``, or it runs once for each member; for
-``torch.func.grad`` put a ``Function`` around it.
+**In short.** ``vmap`` needs a rule for your operator, and ``torch.func.grad`` needs a
+``Function`` with ``setup_context``. What do you have?
 
-Before you start: ``plot_ensembling.py`` says what ``vmap`` does. If you have a message,
-find its words in ``plot_what_vmap_refuses.py``.
+- **A Function that calls only PyTorch**: set ``generate_vmap_rule = True``, and split
+  ``forward(ctx, ...)`` into ``forward`` and ``setup_context``.
+- **A kernel** in NumPy, C++ or Triton: call it in a ``Function`` with a ``vmap``
+  staticmethod, the first lines below.
+- **The Function of a library**, as in Mamba: wrap it in two such classes, one for the
+  call and one for its gradient.
+- **A custom_op, triton_op or TORCH_LIBRARY operator**: ``register_vmap``, else it runs
+  once for each member. For ``grad``, put a ``Function`` around it.
+- **A kernel that treats the rows of a batch alike**, such as flash-attn, needs no
+  rule: make the members rows of the batch.
+
+Before you start: ``plot_ensembling.py`` says what ``vmap`` does.
+``plot_what_vmap_refuses.py`` has the messages.
 """
 
 # %%
@@ -31,65 +40,16 @@ double = {"device": "cpu", "dtype": torch.float64}
 print(f"CPU, torch {torch.__version__}, float64")
 
 # %%
-# Only PyTorch inside: ``generate_vmap_rule``
-# -------------------------------------------
-#
-# A gradient of your own, here a straight-through one. If your ``forward`` has a
-# ``ctx``, split it like this:
-
-
-class Sign(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.sign()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * (ctx.saved_tensors[0].abs() < 1)
-
-
-# %%
-# ``vmap`` runs ``forward`` and ``backward`` on tensors that stand for all members. So
-# it refuses in them what it refuses elsewhere, such as NumPy and ``.item()``.
-#
 # A kernel: a ``vmap`` staticmethod
 # ---------------------------------
 #
-# The kernel here is the recurrence of state-space models, ``y[t] = a[t] * y[t - 1] +
-# x[t]``, and notes the shape of what it gets. It is NumPy and stands for yours. The
-# same lines work with an operator of C++ (tested); nothing here has run in Triton or on
-# a GPU.
-
-seen = []
-
-
-def kernel(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # [..., time]
-    seen.append(list(x.shape))
-    a, y = a.numpy(force=True), x.numpy(force=True).copy()
-    for t in range(1, y.shape[-1]):
-        y[..., t] += a[..., t] * y[..., t - 1]
-    return torch.from_numpy(y)
-
-
-def gradients(g, a, y, scan):
-    """By a and x. The one by x is the same recurrence, backwards in time."""
-    gx = scan(a.flip(-1).roll(1, -1), g.flip(-1)).flip(-1)
-    return gx * F.pad(y[..., :-1], (1, 0)), gx
-
-
-# %%
-# The lines to copy are the rule: move the members to dimension 0, and call the
-# ``Function`` again.
+# This kernel takes any dimensions in front of its own. The rule moves the members to
+# dimension 0 and calls the ``Function`` again, so that the kernel runs once for all.
+# Put your own ``kernel`` and ``gradients`` in place of those that follow:
 
 
 def members_first(info, in_dims, *tensors):
-    """Each tensor with the members in dimension 0, also what all share."""
+    """Views with the members in dimension 0; a shared tensor gets that dimension."""
     return [
         t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
         for t, d in zip(tensors, in_dims, strict=True)
@@ -116,32 +76,82 @@ class Scan(Function):
 
 
 # %%
+# The kernel of this page computes the recurrence of state-space models, ``y[t] = a[t] *
+# y[t - 1] + x[t]``, in NumPy, and notes the shapes that it gets. The same lines work
+# with a kernel in C++, and with one in Triton, run by its interpreter on a CPU (both
+# tested). None of them ran on a GPU.
+
+seen = []
+
+
+def kernel(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # [..., time]
+    seen.append(list(x.shape))
+    a, y = a.numpy(force=True), x.numpy(force=True).copy()
+    for t in range(1, y.shape[-1]):
+        y[..., t] += a[..., t] * y[..., t - 1]
+    return torch.from_numpy(y)
+
+
+def gradients(g, a, y, scan):
+    """The one by x is the same recurrence, backwards in time."""
+    gx = scan(a.flip(-1).roll(1, -1), g.flip(-1)).flip(-1)
+    return gx * F.pad(y[..., :-1], (1, 0)), gx
+
+
+# %%
 # - ``in_dims`` has an entry for each input: the dimension of the members, or ``None``
 #   for what all share. ``out_dims`` has the structure of the output, ``(0, 0)`` for
-#   two. A number has ``None`` too: leave it out of ``members_first``.
+#   two. The entry of a number is ``None``, too: leave it out of ``members_first``.
+# - **A kernel that reads pointers**, in Triton or C++, needs ``.contiguous()`` on each
+#   tensor first. Without it the kernel reads wrong numbers, since ``members_first``
+#   returns views, and no error is raised.
 # - **A kernel in** ``backward`` needs a ``Function`` as well, here the same one: under
-#   ``grad``, the tensors in ``backward`` have no storage. For a kernel that computes
-#   gradients only, see ``WrappedGradient`` below.
-# - ``expand`` and ``movedim`` return views. Add ``.contiguous()`` if your kernel needs
-#   it.
+#   ``grad``, the tensors in ``backward`` have no storage. If it computes gradients
+#   only, write a second ``Function``, like ``WrappedGradient`` below.
 # - **A kernel that takes one batch dimension**: call
 #   ``y = Scan.apply(*[t.flatten(0, 1) for t in members])``, and return
 #   ``y.unflatten(0, (info.batch_size, -1)), 0``.
-# - **A kernel that takes none**: return
+# - **A kernel that takes no batch dimension**: return
 #   ``torch.stack([Scan.apply(*rows) for rows in zip(*members)]), 0``. It runs once for
 #   each member.
 #
 # All of this is tested.
 #
+# Only PyTorch inside: ``generate_vmap_rule``
+# -------------------------------------------
+#
+# This ``Function`` has the straight-through gradient of quantized networks. If your
+# ``forward`` takes ``ctx``, move what it does with ``ctx`` to ``setup_context``:
+
+
+class Sign(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sign()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (ctx.saved_tensors[0].abs() < 1)
+
+
+# %%
+# ``vmap`` runs this ``forward`` and ``backward`` on tensors that stand for all members,
+# and refuses in them what it refuses elsewhere, such as NumPy and ``.item()``.
+#
 # The ``Function`` of a library
 # -----------------------------
 #
-# ``vmap`` and ``grad`` refuse a ``forward`` with ``ctx``, and libraries have such
-# classes [1]. You can wrap one without changing it: a ``Function`` for the call, and
-# another for its gradient, which runs the forward again.
+# ``vmap`` and ``grad`` refuse a ``Function`` whose ``forward`` takes ``ctx``, and
+# libraries have such classes [1]. Here is one:
 
 
-class LibraryScan(Function):  # stands for the class of a library
+class LibraryScan(Function):
     @staticmethod
     def forward(ctx, a, x):
         y = kernel(a, x)
@@ -154,6 +164,8 @@ class LibraryScan(Function):  # stands for the class of a library
 
 
 # %%
+# Leave it as it is, and write one ``Function`` for the call, and one for its gradient,
+# which runs the forward of the library a second time:
 
 
 class Wrapped(Function):
@@ -191,19 +203,19 @@ class WrappedGradient(Function):
 
 
 # %%
-# - ``(0, 0)`` stands for two gradients, since there are two inputs.
-# - Write options, such as ``causal``, into both calls of ``LibraryScan.apply``.
-# - Where a module of the library calls the class, assign
-#   ``module.LibraryScan = Wrapped``.
-# - If its kernel takes one batch dimension, change both rules as said above.
-#
-# The last two are tested.
+# - These lines are for one output, and for inputs that all need a gradient: two inputs
+#   here, so ``(0, 0)`` for two gradients. Write options, such as ``causal``, into both
+#   calls of ``LibraryScan.apply``.
+# - Where a module of the library calls the class, assign ``module.LibraryScan =
+#   Wrapped`` (tested).
+# - If its kernel takes one batch dimension, change both rules as above (tested).
 #
 # ``torch.library.custom_op``: ``register_vmap``
 # ----------------------------------------------
 #
-# The same rule. An operator that C++ or a library defines takes it by name:
-# ``torch.library.register_vmap("mine::scan", rule)`` (tested).
+# A ``custom_op`` takes the same rule, and so does a ``torch.library.triton_op``. For an
+# operator that C++ or a library defines, give its name:
+# ``torch.library.register_vmap("mine::scan", rule)`` (both tested).
 
 scan = torch.library.custom_op("mine::scan", kernel, mutates_args=())
 scan.register_fake(lambda a, x: torch.empty_like(x))  # for torch.compile
@@ -222,9 +234,9 @@ scan.register_autograd(scan_backward, setup_context=Scan.setup_context)
 
 # %%
 # This is enough for ``vmap(loss)(params, x).sum().backward()``. But ``torch.func.grad``
-# refuses it, in words about a class that you did not write: ``In order to use an
-# autograd.Function with functorch transforms ... it must override the setup_context
-# staticmethod`` [2]. Put a ``Function`` around it:
+# refuses it with a message about a ``Function`` that you did not write: ``In order to
+# use an autograd.Function with functorch transforms ... it must override the
+# setup_context staticmethod`` [2]. Put a ``Function`` around the operator:
 
 
 class ScanOp(Function):
@@ -244,7 +256,7 @@ class ScanOp(Function):
 # Which form works where
 # ----------------------
 #
-# Five members, beside a loop of plain PyTorch with the gradients of autograd. The
+# Here are five members, and a loop over them in plain PyTorch to compare with. The
 # members of ``a`` are in dimension 0, those of ``x`` in dimension 1.
 
 a = torch.rand(5, 8, **double, requires_grad=True)
@@ -264,9 +276,7 @@ def plain_sign(a, x):
 
 
 # %%
-# "Backward outside" is ``vmap(loss)(a, x).sum().backward()``. "2 x" says that the
-# kernel ran twice, forward and backward together; beside it stands the largest
-# difference from the loop.
+# "Backward outside" is ``vmap(loss)(a, x).sum().backward()``.
 
 
 def try_out(op, plain):
@@ -306,17 +316,23 @@ forms = {
     "custom_op, register_vmap": (scan, plain_scan),
     "custom_op, Function around it": (ScanOp.apply, plain_scan),
 }
+print("How often the kernel ran, forward and backward, and how far from the loop")
 print(f"{'':32}{'vmap':13}{'vmap(grad)':13}backward outside")
 for name, form in forms.items():
     print(f"{name:32}" + "".join(f"{cell:13}" for cell in try_out(*form)).rstrip())
 
 # %%
+# **Only a Function with setup_context and a rule works in all columns.** With a rule,
+# the kernel runs once for all members, forward and backward. The wrapped class runs it
+# once more, for its second forward. (Calls and refusals are tested.)
+#
 # A loop without a Python warning
 # -------------------------------
 #
 # Without a rule, ``vmap`` runs a ``custom_op`` once for each member. C++ prints the
-# warning, so ``warnings.filterwarnings("error")`` does not see it, and
-# ``torch.library.opcheck`` finds nothing (both tested). Note the shapes in the kernel:
+# warning, unless a ``Function`` calls the operator, so that
+# ``warnings.filterwarnings("error")`` misses it. ``torch.library.opcheck`` passes, too
+# (all tested). Print the shapes in the kernel:
 
 for name, op in {"without a rule": without, "with a rule": scan}.items():
     seen.clear()
@@ -327,10 +343,10 @@ for name, op in {"without a rule": without, "with a rule": scan}.items():
 # Mistakes without a message
 # --------------------------
 #
-# The first rule hands on what it gets, which is right while the members are in
-# dimension 0. The second calls the kernel in place of ``Scan.apply``. Autograd outside
-# of ``vmap`` does not see that call, and says nothing where the loss has another path
-# to ``x``.
+# The first rule does not move the members, which is right only while they are in
+# dimension 0. The second calls the kernel in place of ``Scan.apply``: autograd outside
+# of ``vmap`` does not record that call, and raises no error if the loss has another
+# path to ``x``.
 
 
 class HandsOn(Scan):
@@ -358,16 +374,17 @@ far, largest = (slopes[1] - slopes[0]).abs().max(), slopes[0].abs().max()
 print(f"CallsTheKernel: gradients {far:.1g} away, where {largest:.1g} is the largest")
 
 # %%
-# ``vmap(grad(...))`` of the second is right, so test both orders. Three more:
+# ``vmap(grad(...))`` of the second is right (tested), so test both orders. Three more
+# mistakes have no error:
 #
-# - ``vmap(grad(...))`` of an operator of C++ without a formula for autograd is zero.
-#   There is only a ``UserWarning``, ``an autograd kernel was not registered`` (tested).
+# - ``vmap(grad(...))`` of an operator of C++ without a formula for autograd is zero,
+#   with only a ``UserWarning``: ``an autograd kernel was not registered`` (tested).
 # - ``torch.func.jvp`` and ``jacfwd`` of a ``custom_op`` with ``register_autograd``
 #   return zeros. A ``Function`` without a ``jvp`` staticmethod is refused there, and in
 #   ``hessian``: write ``jacrev(jacrev(f))``. (All tested.)
 # - ``torch.compile`` with ``grad`` or ``vmap`` inside, in torch 2.11 and 2.13, drops
 #   the backward that you wrote and differentiates the forward [3]. ``allow_in_graph``
-#   keeps it:
+#   keeps your backward:
 
 
 class Allowed(Sign):
@@ -389,38 +406,38 @@ for op in Sign, Allowed:
 # Members in the batch, without ``vmap``
 # --------------------------------------
 #
-# Outside of ``vmap``, a kernel without weights that treats the rows of a batch alike
-# needs no rule. Make the members rows, here for attention, which ``vmap`` runs once for
-# each member on a CPU (``plot_transformers.py``):
+# A kernel without weights that treats the rows of a batch alike needs no rule. Call it
+# outside of ``vmap``, with the members as more rows. Here it is attention:
 
 qkv = torch.randn(3, 5, 2, 4, 16, 8, **double)  # q, k, v: [members, batch, heads, ...]
 rows = [t.flatten(0, 1) for t in qkv]  # each [10, 4, 16, 8]
 out = F.scaled_dot_product_attention(*rows).unflatten(0, (5, 2))
 loop = torch.stack([F.scaled_dot_product_attention(*qkv[:, i]) for i in range(5)])
-print(f"one call for all members, {(out - loop).abs().max():.0e} from a loop")
+print(f"one call for all members, {(out - loop).abs().max():.1g} from a loop")
 
 # %%
 # Remember
 # --------
 #
-# **Forward and backward each need a rule.** Test both orders, ``vmap(grad)`` and a
-# backward pass outside of ``vmap``, with members in dimension 1 of one input. Count the
-# calls in the kernel: a loop may give no Python warning.
+# **A rule calls the Function again, and a kernel in its backward needs a rule, too.**
+# Test both orders, ``vmap(grad)`` and a backward pass outside of ``vmap``, with members
+# in dimension 1 of one input. Count the calls in the kernel.
 #
 # Next
 # ----
 #
-# - ``plot_recurrent.py``: what to do where an LSTM or a GRU is refused.
 # - ``plot_what_vmap_refuses.py``: messages, and what to write.
 # - ``plot_silent_mistakes.py``: a loop of PyTorch's own operators without a warning.
 #
 # References
 # ----------
 #
-# - PyTorch on `torch.func and autograd.Function
-#   <https://docs.pytorch.org/docs/stable/notes/extending.func.html>`_, and on `custom
-#   operators <https://docs.pytorch.org/docs/stable/library.html>`_.
+# - PyTorch: `Extending torch.func with autograd.Function
+#   <https://docs.pytorch.org/docs/stable/notes/extending.func.html>`_, `torch.library
+#   <https://docs.pytorch.org/docs/stable/library.html>`_.
 # - [1] `mamba#239 <https://github.com/state-spaces/mamba/issues/239>`_,
 #   `flash-attention#2071 <https://github.com/Dao-AILab/flash-attention/issues/2071>`_.
+#   `mamba2-torch#9 <https://github.com/vasqu/mamba2-torch/pull/9>`_ rewrites eight
+#   classes.
 # - [2] `pytorch#168393 <https://github.com/pytorch/pytorch/issues/168393>`_.
 # - [3] `pytorch#193279 <https://github.com/pytorch/pytorch/issues/193279>`_.

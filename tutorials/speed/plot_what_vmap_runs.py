@@ -357,7 +357,8 @@ print(f"{memory}: ten {1e3 * ten:.4g}, groups {1e3 * grouped:.4g} ms: {said(*aga
 #
 # With this warning ``vmap`` runs an operator once for each model. Results stay right
 # (tested for attention and its gradient). The other sign is a call for each model in a
-# list as above. Over which operators does your function loop?
+# list as above. Over which operators does your function loop? The lines below miss a
+# custom operator, since C++ prints its warning (``plot_custom_operators.py``).
 
 
 def fallbacks(function, *args):
