@@ -46,6 +46,8 @@ def launched(kernel, seen):
 
 @pytest.mark.parametrize("form", ["Scan", "Wrapped", "custom_op", "triton_op"])
 def test_rules_for_a_kernel_of_triton(compiled, form):
+    if form == "triton_op" and DEVICE == "cpu" and torch.__version__ < "2.13":
+        pytest.skip("wrap_triton takes no kernel of the interpreter")
     seen = []
     page = names_of(NAME, *WANTED, kernel=launched(compiled, seen))
     op = page.get(form, page["ScanOp"]).apply

@@ -6,17 +6,17 @@ Run a kernel in NumPy, C++ or Triton, a ``torch.autograd.Function`` or a
 ``torch.library.custom_op`` for all members in one call of ``torch.func.vmap``, and get
 the gradient of each member.
 
-**In short.** ``vmap`` needs a rule for your operator, and ``torch.func.grad`` needs a
-``Function`` with ``setup_context``. What do you have?
+**In short.** To run once for all members, an operator needs a rule. Under
+``torch.func.grad`` it also needs a ``Function`` with ``setup_context``. You have:
 
 - **A Function that calls only PyTorch**: set ``generate_vmap_rule = True``, and split
   ``forward(ctx, ...)`` into ``forward`` and ``setup_context``.
 - **A kernel** in NumPy, C++ or Triton: call it in a ``Function`` with a ``vmap``
-  staticmethod, the first lines below.
+  staticmethod (the first lines below).
 - **The Function of a library**, as in Mamba: wrap it in two such classes, one for the
   call and one for its gradient.
-- **A custom_op, triton_op or TORCH_LIBRARY operator**: ``register_vmap``, else it runs
-  once for each member. For ``grad``, put a ``Function`` around it.
+- **A custom_op, triton_op or TORCH_LIBRARY operator**: call ``register_vmap``, or it
+  runs once for each member. For ``grad``, put a ``Function`` around it.
 - **A kernel that treats the rows of a batch alike**, such as flash-attn, needs no
   rule: make the members rows of the batch.
 
@@ -43,7 +43,7 @@ print(f"CPU, torch {torch.__version__}, float64")
 # A kernel: a ``vmap`` staticmethod
 # ---------------------------------
 #
-# This kernel takes any dimensions in front of its own. The rule moves the members to
+# The kernel takes any dimensions in front of its own. The rule moves the members to
 # dimension 0 and calls the ``Function`` again, so that the kernel runs once for all.
 # Put your own ``kernel`` and ``gradients`` in place of those that follow:
 
@@ -148,7 +148,7 @@ class Sign(Function):
 # -----------------------------
 #
 # ``vmap`` and ``grad`` refuse a ``Function`` whose ``forward`` takes ``ctx``, and
-# libraries have such classes [1]. Here is one:
+# libraries have such classes [1]. ``LibraryScan`` is written like them:
 
 
 class LibraryScan(Function):
@@ -256,8 +256,8 @@ class ScanOp(Function):
 # Which form works where
 # ----------------------
 #
-# Here are five members, and a loop over them in plain PyTorch to compare with. The
-# members of ``a`` are in dimension 0, those of ``x`` in dimension 1.
+# Compare five members with a loop in plain PyTorch. The members of ``a`` are
+# in dimension 0, those of ``x`` in dimension 1.
 
 a = torch.rand(5, 8, **double, requires_grad=True)
 x = torch.randn(8, 5, **double, requires_grad=True)
@@ -407,7 +407,8 @@ for op in Sign, Allowed:
 # --------------------------------------
 #
 # A kernel without weights that treats the rows of a batch alike needs no rule. Call it
-# outside of ``vmap``, with the members as more rows. Here it is attention:
+# outside of ``vmap`` and ``grad``, with the members as more rows, and take gradients
+# with ``backward()``. Here it is attention:
 
 qkv = torch.randn(3, 5, 2, 4, 16, 8, **double)  # q, k, v: [members, batch, heads, ...]
 rows = [t.flatten(0, 1) for t in qkv]  # each [10, 4, 16, 8]
@@ -426,7 +427,6 @@ print(f"one call for all members, {(out - loop).abs().max():.1g} from a loop")
 # Next
 # ----
 #
-# - ``plot_what_vmap_refuses.py``: messages, and what to write.
 # - ``plot_silent_mistakes.py``: a loop of PyTorch's own operators without a warning.
 #
 # References
@@ -436,8 +436,7 @@ print(f"one call for all members, {(out - loop).abs().max():.1g} from a loop")
 #   <https://docs.pytorch.org/docs/stable/notes/extending.func.html>`_, `torch.library
 #   <https://docs.pytorch.org/docs/stable/library.html>`_.
 # - [1] `mamba#239 <https://github.com/state-spaces/mamba/issues/239>`_,
-#   `flash-attention#2071 <https://github.com/Dao-AILab/flash-attention/issues/2071>`_.
-#   `mamba2-torch#9 <https://github.com/vasqu/mamba2-torch/pull/9>`_ rewrites eight
-#   classes.
+#   `flash-attention#2071 <https://github.com/Dao-AILab/flash-attention/issues/2071>`_;
+#   `mamba2-torch#9 <https://github.com/vasqu/mamba2-torch/pull/9>`_ rewrites them.
 # - [2] `pytorch#168393 <https://github.com/pytorch/pytorch/issues/168393>`_.
 # - [3] `pytorch#193279 <https://github.com/pytorch/pytorch/issues/193279>`_.
