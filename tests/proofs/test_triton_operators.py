@@ -1,14 +1,14 @@
-"""plot_custom_operators.py: the same lines, with a kernel in Triton."""
+"""plot_custom_operators.py: the same lines, with a kernel in Triton (make test-all)."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 from pages import names_of
 from torch.func import grad, vmap
 
-pytest.importorskip("triton")
-import triton
-import triton.language as tl
-
+pytestmark = pytest.mark.slow
+tl = None  # triton.language, imported by the tests only
 NAME = "basics/plot_custom_operators"
 WANTED = (
     *("members_first", "gradients", "Scan", "ScanOp", "plain_scan"),
@@ -29,6 +29,10 @@ def scan(a, x, y, time: tl.constexpr):
 @pytest.fixture
 def compiled(monkeypatch):
     """Triton's interpreter runs on a CPU."""
+    import triton
+    import triton.language
+
+    monkeypatch.setitem(globals(), "tl", triton.language)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(DEVICE == "cpu")))
     return triton.jit(scan)
 
