@@ -35,6 +35,24 @@ def test_lines_of_many_pairs_go_in_one_call(params):
     torch.testing.assert_close(losses, losses.flip(0).flip(1))
 
 
+def test_batch_norm_takes_the_statistics_of_the_batch():
+    def build():
+        return nn.Sequential(nn.Linear(196, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+    models = [build() for _ in range(2)]
+    one, two = (dict(model.named_parameters()) for model in models)
+    with torch.device("meta"):
+        PAGE["skeleton"] = build()
+    torch.func.replace_all_batch_norm_modules_(PAGE["skeleton"])
+    x, y = torch.rand(20, 196), torch.randint(10, (20,))
+    with torch.no_grad():
+        losses = PAGE["line"](one, two, x, y, 3)
+        for share, found in zip((0, 0.5, 1), losses, strict=True):
+            mixed = {k: (1 - share) * one[k] + share * two[k] for k in one}
+            alone = functional_call(models[0].train(), mixed, x)
+            torch.testing.assert_close(found, nn.functional.cross_entropy(alone, y))
+
+
 def test_a_soup_is_one_network_with_the_mean_of_the_weights(params):
     mean = PAGE["soup"](params)
     model = PAGE["build"]()

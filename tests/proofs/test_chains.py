@@ -46,6 +46,17 @@ def test_chains_draw_from_a_distribution_that_is_known():
         torch.testing.assert_close(std, scale, atol=0, rtol=0.05)
 
 
+def test_langevin_moves_draw_from_a_distribution_that_is_known():
+    torch.manual_seed(0)
+    theta, step, kept = torch.zeros(500, 2), 0.02, []
+    for _ in range(400):
+        slope = theta  # of a standard normal distribution
+        theta = theta - step * slope + (2 * step) ** 0.5 * torch.randn_like(theta)
+        kept.append(theta)
+    variance = torch.stack(kept[100:]).var((0, 1))
+    torch.testing.assert_close(variance, torch.ones(2), atol=0.05, rtol=0)
+
+
 def test_a_chain_whose_energy_is_no_number_stays_where_it_is():
     def energy(theta, x, y):
         return torch.where(theta.sum() == 0, theta.sum(), torch.nan * theta.sum())

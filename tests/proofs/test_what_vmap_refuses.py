@@ -61,6 +61,7 @@ CONVS, conv_call, _ = stacked(lambda: nn.Conv2d(1, 2, 3))
 ENCODERS, encode, MODELS = stacked(encoder)
 IMAGES, PADDING = zeros(4, 5, 1, 8, 8), (torch.arange(8) > 4).expand(4, 3, 8)
 PX = ENCODERS, torch.randn(4, 3, 8, 6).double()
+SHARED = ENCODERS, PX[1][0], PADDING[0]
 STEP = lambda x: x.max() > 1, lambda x: (x / 2,)
 KEPT, RUNS, LEAF = [], [], TABLES.clone().requires_grad_()
 NoRule = type("NoRule", (Sign,), {"generate_vmap_rule": False})
@@ -133,6 +134,7 @@ aten::gru = vmap(nn.GRU(6, 5).double())(XS)
 aten::rnn_tanh = vmap(nn.RNN(6, 5).double())(XS)
 aten::equal = vmap(lambda x: x * torch.equal(x, x))(XS)
 aten::_nested_tensor_from_mask = vmap(pads)(*PX, PADDING)
+Could not run 'aten::stack' = vmap(pads, (0, None, None))(*SHARED)
 derivative for aten::_transformer_encoder_layer_fwd = vmap(encode)(*PX).sum().backward()
 expand is unsupported for Sparse = vmap(lambda x: SPARSE @ x)(XS)
 Sparse CSR tensors do not have = vmap(grad(lambda x: (CSR @ x).sum()))(XS)
@@ -225,7 +227,7 @@ def of_gradient(function, x):
 NORM = nn.BatchNorm1d(6).double().eval()
 # What the page says to write, and what a loop of something else computes
 WRITE = """
-torch.linalg.lstsq(x, y[:, None]).solution[:, 0] = torch.linalg.lstsq(x, y).solution
+torch.linalg.lstsq(x, y[..., None]).solution[..., 0] = torch.linalg.lstsq(x, y).solution
 (NESTED.to_padded_tensor(0.0) @ x.T)[1, :2] = XS[1, :2] @ x.T
 Named(x.sin()).x = x.sin()
 vars(Data(x.sin()))["x"] = Data(x.sin()).x

@@ -66,7 +66,7 @@ def compare(refused, accepted, *inputs):
 #   dataclass, call ``torch.export.register_dataclass`` once, or return ``vars(out)``. A
 #   ``NamedTuple`` is accepted.
 # - ``input.size(-2) should match other.size(-2)``: ``lstsq`` takes no vector here.
-#   Write ``torch.linalg.lstsq(a, b[:, None]).solution[:, 0]``.
+#   Write ``torch.linalg.lstsq(a, b[..., None]).solution[..., 0]``.
 # - ``too many indices for tensor``, ``expected 4D input (got 3D input)``: inside, a
 #   tensor lacks the mapped dimension. If you map over samples, give the model a batch
 #   of one: ``model(x[None])[0]``.
@@ -77,7 +77,8 @@ def compare(refused, accepted, *inputs):
 #
 # - ``data-dependent control flow``: an ``if``, in your code or in a library, would go
 #   one way for all members. Write ``torch.where(test, a, b)``. To raise an error,
-#   return the test and raise outside.
+#   return the test and raise outside. For masks of Hugging Face, see
+#   ``plot_transformers.py``.
 # - ``calling .item() on a Tensor``: a Python number would be the same for all members.
 #   Keep the tensor.
 # - ``Cannot access data pointer of Tensor``: NumPy, SciPy and ``.tolist()`` see no
@@ -109,9 +110,9 @@ def compare(refused, accepted, *inputs):
 # - ``Batching rule not implemented``: for ``aten::lstm``, ``aten::lstm_cell``,
 #   ``aten::gru`` or ``aten::rnn_tanh``, take a layer from ``plot_recurrent.py``. For
 #   ``aten::equal``, write ``(a == b).all()``. Delete ``out=``.
-# - ``aten::_nested_tensor_from_mask``, ``derivative for
-#   aten::_transformer_encoder_layer_fwd``: in eval mode, ``nn.TransformerEncoder``
-#   takes a fast path without gradient or rule. Call
+# - ``aten::_nested_tensor_from_mask``, ``Could not run 'aten::stack'``,
+#   ``derivative for aten::_transformer_encoder_layer_fwd``: in eval mode,
+#   ``nn.TransformerEncoder`` takes a fast path without gradient or rule. Call
 #   ``torch.backends.mha.set_fastpath_enabled(False)``.
 # - ``expand is unsupported for Sparse``, ``Sparse CSR tensors do not have``: ``A @ x``
 #   with a sparse ``A``. Make the members columns, without ``vmap``
@@ -119,7 +120,8 @@ def compare(refused, accepted, *inputs):
 #   ``(A @ xs.movedim(0, 1).flatten(1)).unflatten(1, (len(xs), -1)).movedim(1, 0)``.
 # - ``reshape is not implemented for sparse tensors``: the gradient of an embedding.
 #   Delete ``sparse=True``.
-# - ``There is a performance drop``: the operator runs once for each member.
+# - ``There is a performance drop``: the operator runs once for each member. Call
+#   ``F.affine_grid(theta.flatten(0, 1), size)``, which loops, outside.
 #
 # **About gradients, checkpoint, autograd.Function**
 #
@@ -127,8 +129,9 @@ def compare(refused, accepted, *inputs):
 #   not require grad and does not have``: gradients are functions here. Write
 #   ``vmap(grad(loss))``, or ``vmap(jacrev(f))`` for a Jacobian.
 # - ``override the setup_context staticmethod``: an ``autograd.Function`` has the old
-#   form, or a model calls ``checkpoint`` with ``use_reentrant=True``. If ``grad`` meets
-#   a custom operator, put a ``Function`` around it (``plot_custom_operators.py``).
+#   form, a model calls ``checkpoint`` with ``use_reentrant=True``, or a module has a
+#   full backward hook: return the layer (``plot_more_recipes.py``). If ``grad`` meets a
+#   custom operator, put a ``Function`` around it (``plot_custom_operators.py``).
 # - ``does not have vmap support``: the ``Function`` needs a rule. Set
 #   ``generate_vmap_rule = True`` if it calls only PyTorch, else write a ``vmap``
 #   (``plot_custom_operators.py``).
@@ -177,9 +180,11 @@ compare(turn, vmap(turn_where), xs)
 # - ``torch.where`` computes *both* sides. In training, the side that is not taken must
 #   have a finite gradient, or the gradient is ``nan``:
 #   ``torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)``.
-# - **In a library**: for ``F.gaussian_nll_loss``, write the formula. If each member has
-#   its own ``mask`` in ``nn.TransformerEncoder``, pass ``is_causal=False``. Call an ODE
-#   solver that adapts its steps outside:
+# - **In a library**: for ``F.gaussian_nll_loss``, write the formula; so for a shared
+#   target of ``F.mse_loss`` on an Apple GPU, ``(out - y).square().mean()``
+#   (`pytorch#140704 <https://github.com/pytorch/pytorch/issues/140704>`_; not run
+#   here). If each member has its own ``mask`` in ``nn.TransformerEncoder``, pass
+#   ``is_causal=False``. Call an ODE solver that adapts its steps outside:
 #   ``odeint(lambda t, z: vmap(field)(params, z), z0, times)``. All members then share
 #   its steps, so results agree to its tolerance.
 #

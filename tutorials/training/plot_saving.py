@@ -166,7 +166,9 @@ class Ensemble(nn.Module):
 # %%
 # ``check_members`` is there because ``stack_module_state`` compares little: given these
 # two, in this order, it returns a stack without any bias. (The check cannot see what a
-# layer does not print, such as an attribute of your own class.)
+# layer does not print, such as an attribute of your own class.) ``print(ensemble)``
+# shows one network, of the sizes of one member: the members are the first dimension of
+# its tensors, and ``sum(p.numel() for p in ensemble.parameters())`` counts all ten.
 
 try:
     Ensemble([nn.Linear(64, 10, bias=False), nn.Linear(64, 10)])

@@ -38,7 +38,7 @@ print(f"{device.type}, torch {torch.__version__}, float32 but for the check")
 # rows of it, such as ``{name: p[0] for name, p in params.items()}``.
 
 
-def build():  # your architecture, without batch norm
+def build():  # your architecture; with batch norm, see below
     layers = nn.Linear(196, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
     return nn.Sequential(*layers, nn.Linear(64, 10))
 
@@ -70,6 +70,10 @@ def soup(params):
 
 
 # %%
+# With batch norm, call ``torch.func.replace_all_batch_norm_modules_(skeleton)`` once:
+# each network on the line then takes the statistics of the batch ``x`` (tested), not
+# those of either end.
+#
 # Members that share their first steps
 # ------------------------------------
 #
@@ -331,12 +335,11 @@ for schedule, s in named.items():
 # it repairs a short training. Where an ensemble of forks is worse, keep own starts for
 # it. The two schedules also differ in their rates, which were chosen for each.
 #
-# With batch norm, the mean of the weights needs statistics of its own, from one pass
-# over the training images: ``torch.optim.swa_utils.update_bn`` (Izmailov 2018). The
-# soups of Wortsman (2022) are copies of one pretrained network, fine-tuned with other
-# settings; their greedy soup keeps a member if it helps on validation data. Neither is
-# tried here. What is found here is found for one small network, one data set and these
-# two schedules.
+# To use a soup with batch norm, compute its statistics in one pass over the training
+# images: ``torch.optim.swa_utils.update_bn`` (Izmailov 2018). The soups of Wortsman
+# (2022) are copies of one pretrained network, fine-tuned with other settings; their
+# greedy soup keeps a member if it helps on validation data. Neither is tried here. What
+# is found here is found for one small network, one data set and these two schedules.
 #
 # Remember
 # --------

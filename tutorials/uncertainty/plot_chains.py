@@ -95,6 +95,10 @@ def hmc(energy, theta, x, y, step, draws, leaps=40):
 
 
 # %%
+# **Langevin dynamics** with acceptance is ``hmc(..., leaps=1)``. Without (SGLD), a move
+# is ``theta - step * slope + (2 * step) ** 0.5 * torch.randn_like(theta)`` (tested). On
+# minibatches, multiply ``misfit`` by the number of rows over that of the minibatch.
+#
 # Four data sets of thirty points come from a sine, with a gap in the middle. A chain
 # has its own data in the same call, so that chains and ensembles are compared four
 # times. The check to keep, in float64 on the CPU: the slopes of a loop over chains.
