@@ -2,14 +2,16 @@
 Serve many LoRA adapters in one batch
 =====================================
 
-Answer a batch in which each sample has its own user's adapter, with the frozen network
-once in memory, and compare the time, also of a training step, with loops over users.
+Answer a mixed batch, in which each sample needs the LoRA adapter of its own user, in
+one call on one frozen network, and compare the time with loops over users.
 
-**In short.** Take the rows of each sample's user out of the stacked adapters, and map
-over samples by ``torch.func.vmap`` with ``in_dims=(0, None, 0)``. Where all layers take
-more leading dimensions, as ``nn.Linear`` does, the same adapters work without ``vmap``.
+**In short.** Stack the adapters, take the row of each sample's user, ``p[who]``, and
+map over samples by ``torch.func.vmap`` with ``in_dims=(0, None, 0)``. Where all layers
+take more leading dimensions, as ``nn.Linear`` does, the same rows work without
+``vmap``. If all samples belong to one user, a merged network is faster than this call;
+if each user has about one sample, this call is faster than a loop over users.
 
-Before you start: ``plot_adapters.py`` trains the adapters, and merges one.
+Before you start: ``plot_adapters.py`` trains the adapters, and merges one of them.
 """
 
 # %%
@@ -23,23 +25,21 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 from torch.utils.benchmark import timer
 
 torch.manual_seed(0)
 torch.backends.fp32_precision = "ieee"  # no TF32
 cpu = torch.device("cpu")
 device = torch.accelerator.current_accelerator(check_available=True) or cpu
-where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
-if device.type == "cuda":
-    where = torch.cuda.get_device_name()
-print(f"{where}, torch {torch.__version__}, float32, IEEE")
+name = torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
+print(f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
 
 # %%
 # A batch of many users
 # ---------------------
 #
-# ``who`` says to which user each sample belongs. ``add_lora`` and ``predict`` are those
+# ``who`` holds the number of each sample's user. ``add_lora`` and ``predict`` are those
 # of ``plot_adapters.py``.
 
 
@@ -59,7 +59,7 @@ every = vmap(predict, in_dims=(0, None, 0))  # own adapters and inputs, one base
 
 
 def serve(adapters, base, who, x):
-    """For each sample of x the output with its user's adapter."""
+    """Output of each sample with the adapter of its user."""
     rows = {name: p[who] for name, p in adapters.items()}  # "0.A": [64, 4, 784]
     return every(rows, base, x)
 
@@ -70,7 +70,7 @@ def serve_without_vmap(adapters, base, who, x):
 
 
 # %%
-# Here, the base and 64 adapters are random, for inputs of 784 numbers:
+# Here, a random base and 64 random adapters stand for trained ones:
 
 
 def build():  # your model
@@ -80,42 +80,57 @@ def build():  # your model
 
 def random_adapters(num_users):
     own = {k: p for k, p in skeleton.named_parameters() if k[-2:] in (".A", ".B")}
-    values = {k: torch.randn(num_users, *p.shape) / 20 for k, p in own.items()}
-    return {name: p.to(device) for name, p in values.items()}
+    return {k: torch.randn(num_users, *p.shape).to(device) / 20 for k, p in own.items()}
 
 
 base = {name: p.detach().to(device) for name, p in build().named_parameters()}
 with torch.device("meta"):
-    plain, skeleton = build(), add_lora(build())
+    skeleton = add_lora(build())
 adapters = random_adapters(num_users=64)
 who = torch.randint(64, (64,), device=device)
 x = torch.randn(64, 784, device=device)
 print(list(serve(adapters, base, who, x).shape), "of", len(who.unique()), "users")
+size, own = (sum(p.numel() for p in part.values()) for part in (base, adapters))
+print(f"numbers held: {size + own:,}; by 64 merged networks: {64 * size:,}")
 
 # %%
-# The second form is ``predict`` itself, on samples with one more dimension. It fits
-# models whose layers all take more leading dimensions; ``vmap`` also fits others. If
-# yours needs a batch, call it inside ``predict`` with ``x[None]``, and return row 0. A
-# user without an adapter gets a row in which ``B`` is zero, and so the base's answer
-# (tested).
+# The second form calls ``predict`` once, on samples that have one more dimension. It
+# fits models whose layers all take more leading dimensions; ``vmap`` also fits others.
+# If your model needs a batch, call it inside ``predict`` with ``x[None]``, and return
+# row 0. A user without an adapter gets a row whose ``B`` is zero, and so the answer of
+# the base (tested).
 #
-# The rivals: a network for each user, and by hand
-# ------------------------------------------------
+# Adapters from PEFT
+# ------------------
 #
-# A loop sorts the samples by user, and calls one network for each user that is there:
-# either a module on the tensors of the base, with its adapter, or a merged network,
-# which holds all weights of its user.
+# PEFT saves ``A`` and ``B`` of ``nn.Linear`` layers in the same shapes, under other
+# names, and multiplies their product by ``lora_alpha / r``. ``from_peft`` takes a list
+# of such files, each read by ``safetensors.torch.load_file`` (tested with PEFT 0.21.2).
 
 
-def module_of(base, adapters, i):
-    """A module on the tensors of the base, with a copy of adapter i."""
-    with torch.device("meta"):
-        model = add_lora(build())
-    row = {name: p[i].detach().clone() for name, p in adapters.items()}
-    model.load_state_dict(base | row, assign=True)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in adapters)
-    return model
+def from_peft(states, scaling):
+    """Stack the saved adapters; scaling: lora_alpha / r of their configuration."""
+    own = {}
+    for key in states[0]:
+        layer, kind = key.removeprefix("base_model.model.").split(".lora_")
+        values = torch.stack([state[key] for state in states]).to(device)
+        own[f"{layer}.{kind[0]}"] = values * scaling if kind[0] == "B" else values
+    return own
+
+
+# %%
+# PEFT may have left out layers. Give these ``A`` and ``B`` of zeros:
+# ``{k: torch.zeros_like(p) for k, p in adapters.items()} | from_peft(...)`` (tested).
+#
+# PEFT itself answers a mixed batch, too, by its argument ``adapter_names`` [1]: in each
+# layer, it multiplies all samples by the frozen weight at once, and then loops over the
+# adapters. That is the second rival below.
+#
+# The rivals: loops over users, and by hand
+# -----------------------------------------
+#
+# The first loop calls a merged network for each user in the batch: all weights of each
+# user are in memory. The second loop works as PEFT does, on samples sorted by user.
 
 
 def merged_of(base, adapters, i):
@@ -123,8 +138,7 @@ def merged_of(base, adapters, i):
     own = {name: p.clone() for name, p in base.items()}
     for name in [key.removesuffix(".A") for key in adapters if key.endswith(".A")]:
         own[f"{name}.weight"] += adapters[f"{name}.B"][i] @ adapters[f"{name}.A"][i]
-    with torch.device("meta"):
-        model = build()
+    model = build()
     model.load_state_dict(own, assign=True)
     return model
 
@@ -136,22 +150,33 @@ def serve_by_loop(networks, who, x):
     return torch.cat([networks[user](part) for user, part in parts])[order.argsort()]
 
 
-# %%
-# By hand, the products are those of the form without ``vmap``, for this network only:
-
-
-def by_hand(adapters, base, x):  # [users, rows, 784]
+def serve_in_each_layer(adapters, base, who, x):
+    """The frozen product for all samples, the low-rank products user by user."""
+    order = who.argsort()
+    users, counts = (part.tolist() for part in who.unique(return_counts=True))
+    x = x[order]
     for name in "024":
         A, B = adapters[f"{name}.A"], adapters[f"{name}.B"]
-        out = F.linear(x, base[f"{name}.weight"], base[f"{name}.bias"])
-        out = out + x @ A.mT @ B.mT
+        parts = zip(users, x.split(counts), strict=True)
+        low_rank = torch.cat([part @ A[i].T @ B[i].T for i, part in parts])
+        out = F.linear(x, base[f"{name}.weight"], base[f"{name}.bias"]) + low_rank
         x = out.relu() if name != "4" else out
-    return x
+    return x[order.argsort()]
+
+
+# %%
+# By hand, for this network only, the products are those of the form without ``vmap``:
 
 
 def serve_by_hand(adapters, base, who, x):
-    rows = {name: p[who] for name, p in adapters.items()}
-    return by_hand(rows, base, x[:, None])[:, 0]
+    x = x[:, None]
+    for name in "024":
+        A, B = adapters[f"{name}.A"][who], adapters[f"{name}.B"][who]
+        out = (
+            F.linear(x, base[f"{name}.weight"], base[f"{name}.bias"]) + x @ A.mT @ B.mT
+        )
+        x = out.relu() if name != "4" else out
+    return x[:, 0]
 
 
 # %%
@@ -161,7 +186,7 @@ base64 = {name: p.cpu().double() for name, p in base.items()}
 own64 = {name: p.cpu().double() for name, p in adapters.items()}
 x64, who64 = x.cpu().double(), who.cpu()
 loop = serve_by_loop([merged_of(base64, own64, i) for i in range(64)], who64, x64)
-for form in (serve, serve_without_vmap, serve_by_hand):
+for form in (serve, serve_without_vmap, serve_by_hand, serve_in_each_layer):
     far = (form(own64, base64, who64, x64) - loop).abs().max().item()
     print(f"{form.__name__}: largest difference from merged networks {far:.0e}")
     assert far < 1e-10, "a sample was not answered as by its user's network"
@@ -170,9 +195,9 @@ for form in (serve, serve_without_vmap, serve_by_hand):
 # Is one call faster?
 # -------------------
 #
-# Both forms multiply all samples by a frozen weight in one product (tested); a loop has
-# one for each user that is there. So we expect them to be slower than the loop with one
-# user, and faster with many.
+# One call has the same number of products for any number of users (tested). The number
+# of products of a loop grows with the users in the batch. So we expect one call to be
+# slower than a loop for one user, and faster for many.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -195,6 +220,9 @@ def in_turns(*ways, seconds=1.0):
     return [(first / gain, gain, low, high) for gain, low, high in gains.tolist()]
 
 
+# %%
+
+
 def said(gain, low, high):
     """A gain in words; what noise can explain, up to 2 percent, is no difference."""
     if low > 1.02:
@@ -202,14 +230,6 @@ def said(gain, low, high):
     if high < 0.98:
         return f"{1 / gain:.3g}x slower ({1 / high:.3g} to {1 / low:.3g})"
     return f"no difference seen ({low:.2f} to {high:.2f})"
-
-
-# %%
-# Medians of at least seven turns, warm; each way is compared with one call, in brackets
-# the 95 % interval of its gain. Predictions run without autograd.
-
-sizes = [1, 8, 64] if device == cpu else [1, 32, 512]
-batch = sizes[-1]  # samples
 
 
 def compare(title, ways):
@@ -221,30 +241,44 @@ def compare(title, ways):
     return {name: gain for name, (_, *gain) in zip([*ways][1:], rest, strict=True)}
 
 
+# %%
+# Each way is timed in at least seven turns, warm, and compared with the ``vmap`` call.
+# In brackets stands the 95 % interval of the ratio. To serve, autograd is off.
+
+sizes = [1, 8, 64] if device == cpu else [1, 32, 512]
 serving = []
 for n in sizes:
     adapters = random_adapters(n)
-    x = torch.randn(batch, 784, device=device)
-    who = torch.randint(n, (batch,), device=device)
-    loops = [
-        [make(base, adapters, i) for i in range(n)] for make in (module_of, merged_of)
-    ]
+    x = torch.randn(sizes[-1], 784, device=device)  # as many samples as most users
+    who = torch.randint(n, (len(x),), device=device)
+    networks = [merged_of(base, adapters, i) for i in range(n)]
     ways = {
         "vmap": partial(serve, adapters, base, who, x),
         "without vmap": partial(serve_without_vmap, adapters, base, who, x),
         "by hand": partial(serve_by_hand, adapters, base, who, x),
-        "loop, adapters": partial(serve_by_loop, loops[0], who, x),
-        "loop, merged": partial(serve_by_loop, loops[1], who, x),
+        "loop, merged": partial(serve_by_loop, networks, who, x),
+        "loop in each layer": partial(serve_in_each_layer, adapters, base, who, x),
     }
     with torch.no_grad():
-        serving.append(compare(f"{batch} samples of {n} users", ways))
+        serving.append(compare(f"{len(x)} samples of {n} users", ways))
 
 # %%
 # A training step
 # ---------------
 #
-# Here each user has 16 samples. Each way has one fused AdamW and one backward pass of
-# the summed losses. Two more ways train a full copy of all weights for each user.
+# Here each user has 16 samples. The loop calls one module for each user, all on the
+# same frozen tensors. Each way has one fused AdamW over all users, and one backward
+# pass of the summed losses.
+
+
+def module_of(base, adapters, i):
+    """A module on the tensors of the base, with a copy of adapter i to train."""
+    model = add_lora(build())
+    row = {name: p[i].detach().clone() for name, p in adapters.items()}
+    model.load_state_dict(base | row, assign=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in adapters)
+    return model
 
 
 def train_step(way, y, optimizer):
@@ -257,10 +291,6 @@ def forward(models, x):
     return torch.stack([model(rows) for model, rows in zip(models, x, strict=True)])
 
 
-def trained(models):
-    return [p for model in models for p in model.parameters() if p.requires_grad]
-
-
 # %%
 
 
@@ -270,16 +300,11 @@ def forms(n):
     y = torch.randint(10, (n, 16), device=device)
     own = {name: p.requires_grad_() for name, p in random_adapters(n).items()}
     modules = [module_of(base, own, i) for i in range(n)]
-    copies = [build().to(device) for _ in range(n)]
-    full, _ = stack_module_state(copies)
-    every_copy = vmap(partial(functional_call, plain))
+    trained = [p for model in modules for p in model.parameters() if p.requires_grad]
     ways = {
         "vmap": (partial(every, own, base, x), own.values()),
         "without vmap": (partial(predict, own, base, x), own.values()),
-        "by hand": (partial(by_hand, own, base, x), own.values()),
-        "loop, adapters": (partial(forward, modules, x), trained(modules)),
-        "loop, copies": (partial(forward, copies, x), trained(copies)),
-        "vmap, copies": (partial(every_copy, full, x), full.values()),
+        "loop, modules": (partial(forward, modules, x), trained),
     }
     return {
         name: partial(train_step, way, y, torch.optim.AdamW(weights, fused=True))
@@ -292,22 +317,10 @@ def forms(n):
 training = [compare(f"training step of {n} users", forms(n)) for n in sizes]
 
 # %%
-# Between steps, a number that is trained has 16 bytes: itself, its gradient and two
-# averages of AdamW. The base has 4 bytes a number. During one call's step of 64 users,
-# the most that is taken on top is, on a CPU, less than a tenth of that with own copies
-# (both tested). A batch to serve copies the adapter of each sample.
-
-size, own = (sum(p.numel() for p in part.values()) for part in (base, adapters))
-own //= len(adapters["0.A"])
-held = {"adapters": 4 * size + 16 * own * 1000, "own copies": 16 * size * 1000}
-counted = ", ".join(f"{name} {held[name] / 1e6:.0f} MB" for name in held)
-print(f"held by 1,000 users between steps, counted: {counted}")
-
-# %%
 
 fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 4), layout="constrained")
-looks = {"without vmap": "o", "by hand": "x", "loop, adapters": "s"}
-looks |= {"loop, merged": "^", "loop, copies": "v", "vmap, copies": "D"}
+looks = {"without vmap": "o", "by hand": "x", "loop, merged": "^"}
+looks |= {"loop in each layer": "s", "loop, modules": "D"}
 for ax, rows in zip(axes, (serving, training), strict=True):
     for way in rows[0]:
         middle, low, high = 1 / torch.tensor([row[way] for row in rows]).T
@@ -320,48 +333,53 @@ for ax, rows in zip(axes, (serving, training), strict=True):
     ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
     ax.minorticks_off()
     ax.legend(fontsize="small")
-axes[0].set(title=f"Serve {batch} samples", ylabel="time of way / time of vmap")
+axes[0].set(title=f"Serve {sizes[-1]} samples", ylabel="time of way / time of vmap")
 axes[1].set_title("A training step, 16 samples a user")
-fig.suptitle(f"Below 1 a way is faster than vmap: float32, {where}")
+fig.suptitle(f"Below 1 a way is faster than vmap: float32, {name}")
 fig.set_label(
     "Times of serving a batch and of a training step against the number of users, for "
     f"loops, by hand and without vmap, divided by the time of vmap. {sizes[-1]} users, "
-    "a loop over adapters compared with vmap: serving "
-    f"{said(*serving[-1]['loop, adapters'])}, a training step "
-    f"{said(*training[-1]['loop, adapters'])}."
+    f"compared with vmap: to serve, a loop over merged networks "
+    f"{said(*serving[-1]['loop, merged'])}, a loop in each layer "
+    f"{said(*serving[-1]['loop in each layer'])}; a training step in a loop "
+    f"{said(*training[-1]['loop, modules'])}."
 )
 
 # %%
-# Where a loop is faster, run the loop: merged networks to serve, if all of them fit in
-# memory, modules on one base to train. Where *without vmap* is faster and fits your
-# model, take it. A wide interval decides nothing.
+# **Time a batch with as many users as yours has.** Where the loop over merged networks
+# is the fastest, and all of them fit in memory, take it. Where *without vmap* is faster
+# than ``vmap`` and fits your model, take that. Large language models have servers with
+# kernels of their own for mixed batches, as Punica [2] and S-LoRA [3].
 #
 # The mistake: as many samples as users
 # -------------------------------------
 #
-# Without ``[who]``, sample 0 gets the adapter of user 0, sample 1 that of user 1. If
-# there are as many samples as users, this raises no error:
+# If you forget ``[who]``, sample 0 gets the adapter of user 0, sample 1 that of user 1.
+# If there are as many samples as users, no error is raised:
 
-wrong = every(adapters, base, x)
-off = (wrong - serve(adapters, base, who, x)).abs().amax(1) > 1e-3
+off = (every(adapters, base, x) - serve(adapters, base, who, x)).abs().amax(1) > 1e-3
 print(f"{off.sum()} of {len(x)} samples answered with another user's adapter")
 
 # %%
 # Remember
 # --------
 #
-# **The rows of the adapters follow the samples, the base stays one**: ``p[who]``, then
-# ``vmap`` with ``(0, None, 0)``, or no ``vmap`` where the layers allow it. Merge where
-# a user has a model alone. Time a batch with as many users as yours.
+# **The rows of the adapters follow the samples, the base is shared**: ``p[who]``, then
+# ``vmap`` with ``(0, None, 0)``, or no ``vmap`` where the layers allow it. For a batch
+# of a single user, merge.
 #
 # Next
 # ----
 #
-# - ``plot_agents.py``: many agents of reinforcement learning, many seeds.
+# - ``plot_saving.py``: save the stack, take one user's rows out.
 # - ``plot_when_vmap_pays.py``: when one call is faster than a loop.
 #
 # References
 # ----------
 #
-# - L. Chen and others: Punica, multi-tenant LoRA serving, 2023, `arXiv:2310.18547
-#   <https://arxiv.org/abs/2310.18547>`_: a kernel for this on GPUs.
+# - [1] Mixing different LoRA adapters in the same batch, `peft#1558
+#   <https://github.com/huggingface/peft/pull/1558>`_.
+# - [2] L. Chen et al.: Punica, multi-tenant LoRA serving, 2023, `arXiv:2310.18547
+#   <https://arxiv.org/abs/2310.18547>`_.
+# - [3] Y. Sheng et al.: S-LoRA, serving thousands of concurrent LoRA adapters, 2023,
+#   `arXiv:2311.03285 <https://arxiv.org/abs/2311.03285>`_.
