@@ -32,7 +32,10 @@ def ensemble(build, number=3):
     return models, stack_module_state(models)[0], partial(functional_call, skeleton)
 
 
-@pytest.mark.parametrize("kernel", [lambda call: call, math])
+kernels = pytest.mark.parametrize("kernel", [lambda call: call, math])
+
+
+@kernels
 def test_train_mode_without_dropout(kernel):
     models, params, call = ensemble(lambda: Reader(dropout=0.0).train())
     x, padding, _ = draw(3, 5)
@@ -73,13 +76,14 @@ def test_same_randomness_drops_the_same_units():
     assert not (dropped == dropped[:1]).all()
 
 
-def test_autocast_around_the_call():
+@kernels
+def test_autocast_around_the_call(kernel):
     models, params, call = ensemble(lambda: Reader().eval())
     models = [m.float() for m in models]
     params = {name: p.float() for name, p in params.items()}
     x, padding, _ = draw(3, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        out = vmap(call)(params, (x, padding))
+        out = kernel(vmap(call))(params, (x, padding))
         loop = torch.stack([m(*i) for m, *i in zip(models, x, padding, strict=True)])
     assert (out.dtype, loop.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(out, loop.float(), atol=0.03, rtol=0)  # of bfloat16
@@ -100,6 +104,17 @@ def test_eval_mode_with_the_fast_path():
     torch.backends.mha.set_fastpath_enabled(False)
     out = vmap(lambda p, x, m: nested(p, (x, None, m)))(params, x, padding)
     out[~padding].sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_attention_warns_of_a_loop_unless_it_is_math(mode):
+    _, params, call = ensemble(lambda: getattr(Reader(dropout=0.0), mode)())
+    inputs = draw(3, 5)[:2]
+    warnings.simplefilter("always")
+    with pytest.warns(UserWarning, match="drop.*flash_attention_for_cpu"):
+        vmap(call)(params, inputs)
+    warnings.simplefilter("error")
+    math(vmap(call))(params, inputs).sum().backward()
 
 
 class Seen(TorchDispatchMode):
