@@ -187,8 +187,8 @@ except RuntimeError as error:
 # model, and warns. ``MATH`` is a few operators that ``vmap`` runs for all models at
 # once, but they write a number for each pair of tokens. So we expect ``MATH`` to be
 # better for short sequences, and worse for long ones. On a GPU this page times ``MATH``
-# only. It has not run on CUDA: there, ``vmap`` takes the fused kernels [1], but has
-# raised errors with masks [2] and with gradients inside ``vmap`` [3].
+# only. It has not run on CUDA. There, ``vmap`` runs fused kernels once for all models
+# [1], but masks have raised errors [2], and so have gradients inside ``vmap`` [3].
 
 
 def in_turns(*ways, seconds=1.0):
@@ -280,7 +280,7 @@ if device != cpu:
 gains = {"train": [], "train, dropout 0.1": [], "predict": []}
 for n, width, length in cases:
     for task in gains:
-        (each, *_), *calls = in_turns(*forms(task, n, width, length), seconds=0.2)
+        (each, *_), *calls = in_turns(*forms(task, n, width, length), seconds=0.15)
         print(f"{n} x width {width}, {length} tokens, {task}: loop {each * 1e3:.3g} ms")
         for kernel, (once, *gain) in zip(("MATH", "fused"), calls, strict=False):
             print(f"    one call ({kernel}) {once * 1e3:.3g} ms: {said(*gain)}")
@@ -319,9 +319,9 @@ fig.set_label(
 
 # %%
 # In our runs on a CPU, one call trained 16 models of width 32 faster than a loop, and
-# lost with one model and at width 128. It needed more models to gain in prediction than
-# in training. ``MATH`` and the fused kernel differed by less than a factor of 1.5: where
-# the fused kernel is clearly faster, leave ``math_attention`` out. Read the table for a
+# did not gain with one model or at width 128. It needed more models to gain in
+# prediction than in training. With 64 tokens, the fused kernel was the faster form to
+# predict: where your run shows that, leave ``math_attention`` out. Read the table for a
 # size near yours, or put your own model into ``plot_your_own_model.py``. One reason why
 # one call can be slower, fresh memory, is measured for CNNs in
 # ``plot_what_vmap_runs.py``.
