@@ -8,8 +8,9 @@ one call on one frozen network, and compare the time with loops over users.
 **In short.** Stack the adapters, take the row of each sample's user, ``p[who]``, and
 map over samples by ``torch.func.vmap`` with ``in_dims=(0, None, 0)``. Where all layers
 take more leading dimensions, as ``nn.Linear`` does, the same rows work without
-``vmap``. If all samples belong to one user, a merged network is faster than this call;
-if each user has about one sample, this call is faster than a loop over users.
+``vmap``. In the batches timed below, a merged network is faster than this call if all
+samples belong to one user, and this call is faster than loops over users if there are
+as many users as samples.
 
 Before you start: ``plot_adapters.py`` trains the adapters, and merges one of them.
 """
@@ -104,8 +105,9 @@ print(f"numbers held: {size + own:,}; by 64 merged networks: {64 * size:,}")
 # ------------------
 #
 # PEFT saves ``A`` and ``B`` of ``nn.Linear`` layers in the same shapes, under other
-# names, and multiplies their product by ``lora_alpha / r``. ``from_peft`` takes a list
-# of such files, each read by ``safetensors.torch.load_file`` (tested with PEFT 0.21.2).
+# names, and by default multiplies their product by ``lora_alpha / r``. ``from_peft``
+# takes a list of what ``safetensors.torch.load_file`` reads from each file (tested with
+# PEFT 0.21.2).
 
 
 def from_peft(states, scaling):
@@ -348,8 +350,9 @@ fig.set_label(
 # %%
 # **Time a batch with as many users as yours has.** Where the loop over merged networks
 # is the fastest, and all of them fit in memory, take it. Where *without vmap* is faster
-# than ``vmap`` and fits your model, take that. Large language models have servers with
-# kernels of their own for mixed batches, as Punica [2] and S-LoRA [3].
+# than ``vmap`` and fits your model, take that. In training, one call pays from the
+# number of users on where the line of the loop is above 1. Large language models have
+# servers with kernels of their own for mixed batches, as Punica [2] and S-LoRA [3].
 #
 # The mistake: as many samples as users
 # -------------------------------------
