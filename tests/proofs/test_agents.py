@@ -12,7 +12,6 @@ CPU = torch.device("cpu")
 SCALE = torch.tensor([1.0, 1.0, 5.0, 1.0])
 PAGE = names_of("uses/plot_agents", device=CPU, scale=SCALE)
 Agent, call, move, fallen = map(PAGE.get, ["Agent", "call", "move", "fallen"])
-PAGE["everyone"] = everyone = vmap(call)
 with torch.device("meta"):
     PAGE["skeleton"] = Agent()
 
@@ -51,24 +50,16 @@ def test_a_time_limit_counts_the_value_and_ends_the_sum():
             assert math.isclose(advantage[0, t, cart].item(), total, abs_tol=1e-12)
 
 
-def test_each_agent_learns_what_it_learns_alone():
-    rates, luck = torch.tensor([0.003, 0.01, 0.03]).double(), torch.rand(2, 16, 3, 4, 5)
-    models = [Agent().double() for _ in range(3)]
-    carts = 0.1 * luck[0, 0, ..., 1:].double(), torch.zeros(3, 4)
-    _, once, params = PAGE["both_ways"](models, rates)
-    PAGE["train"](*once, carts, luck)
-    for i, model in enumerate(models):
-        optimizer = torch.optim.Adam(model.parameters(), lr=rates[i].item())
-
-        def update(data, model=model, optimizer=optimizer):
-            optimizer.zero_grad()
-            PAGE["loss_of"](model, *data).backward()
-            optimizer.step()
-
-        own = [part[i : i + 1] for part in carts]
-        PAGE["train"](model, update, own, luck[:, :, i : i + 1])
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(params[name][i], p, atol=1e-10, rtol=0)
+def test_the_interquartile_mean_and_its_draws():
+    for num in (3, 10, 16):
+        values = torch.randn(2, num)
+        middle = values.sort().values[:, num // 4 : num - num // 4]
+        torch.testing.assert_close(PAGE["iqm"](values), middle.mean(1))
+    values = torch.arange(16.0).expand(3, 5, 16)
+    draws = PAGE["bootstrap"](values, 10)
+    assert draws.shape == (3, 5, 2000)
+    assert not (draws[0] == draws[1]).all(), "each row has draws of its own"
+    assert (draws.mean(-1) - 7.5).abs().max() < 0.4
 
 
 def test_random_numbers_inside():
@@ -95,16 +86,3 @@ def test_actions_of_logits_of_any_shape():
     action = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
     share = torch.nn.functional.one_hot(action, 3).float().mean(1)
     torch.testing.assert_close(share, logits[:, 0].softmax(-1), atol=0.02, rtol=0)
-
-
-def test_agents_in_the_second_place():
-    params, _ = stack_module_state([Agent() for _ in range(4)])
-    x = torch.randn(6, 4, 4)
-    out = vmap(call, in_dims=(0, 1), out_dims=1)(params, x)
-    torch.testing.assert_close(out[0].T, everyone(params, x.transpose(0, 1))[0])
-    torch.manual_seed(0)
-    few = [torch.rand(4, 16)[1] for _ in range(2)]
-    torch.manual_seed(0)
-    many = [torch.rand(64, 16)[1] for _ in range(2)]
-    assert (few[0] == many[0]).all()
-    assert not (few[1] == many[1]).any()

@@ -38,3 +38,21 @@ def test_starts_and_time_limit():
     assert env.spec.reward_threshold == 475
     starts = torch.tensor([env.reset(seed=i)[0].tolist() for i in range(300)])
     assert 0.045 < starts.abs().amax() <= 0.05
+
+
+def test_carts_of_gymnasium_for_all_agents():
+    import gymnasium
+
+    envs = gymnasium.make_vec("CartPole-v1", 64 * 16)
+    seen, _ = envs.reset(seed=0)
+    assert torch.from_numpy(seen).reshape(64, 16, 4)[1, 2].tolist() == seen[18].tolist()
+    right, fell = torch.ones(64, 16, dtype=torch.bool), torch.zeros(64 * 16).bool()
+    starts = 0
+    for _ in range(15):
+        before, starts = fell, starts + fell.sum()
+        action = right.flatten().int().cpu().numpy()
+        seen, reward, fell, _, _ = envs.step(action)
+        seen, reward, fell = map(torch.from_numpy, (seen, reward, fell))
+        assert (reward[before] == 0).all(), "the step of a new start brings no reward"
+        assert (seen[before].abs() <= 0.05).all()
+    assert starts > 500
