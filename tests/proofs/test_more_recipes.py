@@ -116,3 +116,19 @@ def test_a_registered_dataclass_is_an_argument_and_holds_no_number(names):
     torch.testing.assert_close(vmap(lambda out: 2 * out.mean)(out), 2 * out.mean)
     with pytest.raises(ValueError, match="must only return Tensors"):
         vmap(lambda x: kind(x, 3))(names["x"])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_fullgraph_makes_a_compiled_function_inside_of_vmap_an_error(names, backend):
+    inside = torch.compile(names["predict"], backend=backend, fullgraph=True)
+    with pytest.raises(Exception, match="functorch"):
+        vmap(inside, (0, None))(names["params"], names["x"])
+
+
+def test_readout_with_padding_is_wrong(names):
+    exec(recipe("Graph"), names)
+    graphs, run = names["graphs"], names["run"]
+    own = torch.stack(names["own"]), torch.stack(names["joined"])
+    everything = vmap(run)(names["graph_params"], *own).mean(dim=1)
+    assert len(graphs) == len(everything)
+    assert (everything - names["readout"]).abs().max() > 1e-3

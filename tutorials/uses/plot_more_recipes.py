@@ -2,13 +2,14 @@
 More recipes: graphs, sparse matrices, solvers, augmentation
 ============================================================
 
-Look up the lines for graph networks, a product with a sparse matrix, an ODE solver,
-random augmentation, bags of embeddings or hidden layers, for all members of an ensemble
-at once with ``torch.func.vmap``.
+Look up the lines for graph neural networks (GNN), products with a sparse matrix, neural
+ODEs, random augmentation, ``EmbeddingBag`` or forward hooks, for all members of an
+ensemble at once with ``torch.func.vmap``.
 
-**In short.** One set-up stacks ten networks and defines ``predict``, which runs one of
-them. Every recipe needs this set-up and nothing else: copy the lines under a heading,
-in any order.
+**In short.** Inside of ``vmap``, pass messages by ``scatter_reduce``, crop by
+``gather``, and choose steps of a solver by ``torch.where``; outside, draw, pad, compile
+and multiply by a sparse matrix. Every recipe needs the set-up below and nothing else:
+copy the lines under a heading, in any order.
 
 ``plot_recipes.py`` has the recipes to train, clip, freeze, save, split and compile.
 """
@@ -35,8 +36,7 @@ print(f"{device.type.upper()}, torch {torch.__version__}, float32, IEEE")
 # %%
 # A *member* is one network: row ``i`` of every stacked tensor. Each recipe ends with
 # ``check``, which compares its result with a loop over the members. In float64 on the
-# CPU, both agree within 1e-10, and so do the gradients of the recipes that train
-# (tested).
+# CPU, both agree within 1e-10, and so do the gradients by stacked parameters (tested).
 
 
 class Net(nn.Module):  # put yours here
@@ -72,9 +72,10 @@ x = torch.randn(20, 8, device=device)  # one input for all
 # Graph networks, on one graph or on own graphs
 # ---------------------------------------------
 #
-# This layer adds to each node the mean of its neighbors; ``"sum"`` and ``"amax"`` work
-# as well (tested). All members share the graph, as ``None`` says. A minibatch of graphs
-# is one graph: shift the numbers of the nodes of each by those before.
+# This layer adds to each node the mean of its neighbors. In place of ``"mean"``,
+# ``"sum"`` and ``"amax"`` work as well (tested). All members share the graph, because
+# its ``in_dims`` are ``None``. A minibatch of graphs is one large graph: to the node
+# numbers of each, add the number of nodes in the graphs before it (tested).
 
 
 def mean_of_neighbors(x, edges):  # [nodes, width], [2, number of edges]
@@ -110,11 +111,14 @@ out = vmap(run, in_dims=(0, None, None))(graph_params, x, edges)  # [10, 20, 4]
 check(out, [net(x, edges) for net in nets])
 
 # %%
-# **Own graphs for each member** are padded to one size. Every graph gets one more node,
-# the last one, and its padding edges join this node to itself: at a real node they
-# would change the mean. To read out a whole graph, leave out the rows of padding.
-# ``scatter_reduce`` runs once for all members (tested); a layer with ``index_add``
-# loops, without a warning (``plot_silent_mistakes.py``).
+# **If each member has its own graph**, pad the graphs to one size. The last node of
+# each is padding, and the padding edges join this node to itself, because at a real
+# node they would change the mean. A readout of a whole graph must leave out the nodes
+# of padding, as the last lines do.
+#
+# ``scatter_reduce`` runs once for all members (tested). With own graphs, a layer that
+# calls ``index_add`` runs once for each member, without a warning
+# (``plot_silent_mistakes.py``).
 
 graphs = []  # yours: features of nodes, edges
 for n in range(11, 11 + num_models):
@@ -127,25 +131,31 @@ own = [F.pad(x, (0, 0, 0, nodes - len(x))) for x, _ in graphs]
 joined = [F.pad(e, (0, most - e.shape[1]), value=nodes - 1) for _, e in graphs]
 out = vmap(run)(graph_params, torch.stack(own), torch.stack(joined))  # [10, 21, 4]
 
-pairs = zip(out, graphs, strict=True)
-real = torch.cat([rows[: len(x)] for rows, (x, _) in pairs])  # without padding
-check(real, torch.cat([net(*graph) for net, graph in zip(nets, graphs, strict=True)]))
+sizes = torch.tensor([len(x) for x, _ in graphs], device=device)
+real = torch.arange(nodes, device=device) < sizes[:, None]  # [10, 21]
+readout = (out * real[..., None]).sum(dim=1) / sizes[:, None]  # mean of nodes: [10, 4]
+
+check(readout, [net(*graph).mean(0) for net, graph in zip(nets, graphs, strict=True)])
 
 # %%
-# **From torch_geometric** (tested with version 2.8.1, not run here): ``SAGEConv``,
-# ``TransformerConv``, ``GCNConv``, ``GATConv`` and ``GATv2Conv`` run on one graph. On
-# own graphs the last three are refused, because they replace self-loops. Do that to
-# each graph before you pad it, and build them with ``add_self_loops=False``, but
-# ``GCNConv`` with ``normalize=False``, called with the edges and weights of
-# ``gcn_norm``.
+# **Layers of PyTorch Geometric** (tested with ``torch_geometric`` 2.8.1, not run here):
+# if all members share the graph, ``SAGEConv``, ``TransformerConv``, ``GCNConv``,
+# ``GATConv`` and ``GATv2Conv`` run as they are. With own graphs, the first two run
+# padded as above, and the other three are refused where they replace self-loops:
+#
+# - ``GATConv`` and ``GATv2Conv``: build them with ``add_self_loops=False``. Apply
+#   ``remove_self_loops`` and ``add_self_loops`` to each graph before you pad it.
+# - ``GCNConv``: build it with ``normalize=False``. Apply ``gcn_norm`` to each graph
+#   before you pad it, and pad the weights of its edges with zeros.
 #
 # Multiply by a sparse matrix
 # ---------------------------
 #
 # Inside of ``vmap``, ``A @ x`` with a sparse ``A`` is refused, and ``torch.sparse.mm``
-# runs once for each member (tested). Outside, one product serves all members, which
-# become columns. The layout of ``A`` may be ``torch.sparse_coo`` or
-# ``torch.sparse_csr`` (tested).
+# runs once for each member (tested). Outside, one product is enough: put the members
+# side by side, as columns. A network with several such products becomes several calls
+# of ``vmap``, with ``multiply`` between them. The layout of ``A`` may be
+# ``torch.sparse_coo`` or ``torch.sparse_csr`` (tested).
 
 A = (torch.rand(20, 20, device=device) < 0.1).to(x.dtype).to_sparse()  # yours
 
@@ -163,9 +173,9 @@ check(out, [A @ model(x) for model in models])
 # Solve an ODE for all members: fixed steps
 # -----------------------------------------
 #
-# Each member is the right-hand side of a differential equation. With a fixed number of
-# steps, the solver belongs in the function that is mapped. This one is the classical
-# Runge-Kutta method.
+# In a neural ODE, each member is the right-hand side of a differential equation. With a
+# fixed number of steps, map the whole solver. This one is the classical Runge-Kutta
+# method.
 
 
 def solve(params, z, end=1.0, steps=20):
@@ -187,10 +197,10 @@ check(out, [solve(dict(m.named_parameters()), x) for m in models])
 # Solve an ODE for all members: steps of their own
 # ------------------------------------------------
 #
-# A ``while`` until the end is refused, because its test would hold for some members
-# only. Here all members compute ``max_steps`` steps, and ``torch.where`` keeps or drops
-# each. **Return the time, and assert it**: with too few steps, a member stops early
-# without an error.
+# A loop ``while t < end`` is refused, because members reach the end after different
+# numbers of steps. Here all members compute ``max_steps`` steps, and ``torch.where``
+# keeps or drops each. **Return the time, and check it**: where ``max_steps`` is too
+# small, a member stops before the end without an error.
 
 
 def solve_to(params, z, end=1.0, tolerance=1e-3, max_steps=50):
@@ -213,11 +223,12 @@ torch.testing.assert_close(t, torch.ones_like(t), msg="raise max_steps")
 check(out, [solve_to(dict(m.named_parameters()), x)[0] for m in models])
 
 # %%
-# **With torchdiffeq**, call the solver outside, with all members in the right-hand
-# side. They share each step, and its usual norm is a mean over all of them: at a
-# tolerance of 1e-3, the fastest of ten oscillators had more than twice the error that
-# it has alone. Give it a norm by which the worst member decides. (Tested with version
-# 0.2.5, not run here.)
+# **With torchdiffeq**, call ``odeint`` outside of ``vmap``, with all members in one
+# right-hand side, so that they take the same steps. By default, the error that sets a
+# step is a root mean square over all members, in which a difficult one counts little:
+# in the test, with ten oscillators and a tolerance of 1e-3, the fastest had more than
+# twice the error that it has alone. The norm below is that of the worst member. (Tested
+# with version 0.2.5, not run here.)
 #
 # .. code-block:: none
 #
@@ -235,9 +246,9 @@ check(out, [solve_to(dict(m.named_parameters()), x)[0] for m in models])
 # Augment images, each member and image in its own way
 # ----------------------------------------------------
 #
-# ``image[:, top:]`` needs a Python number, which is the same for all members. Draw the
-# offsets outside of ``vmap``, a row for each member, and take the rows and columns of
-# the crop by ``gather``.
+# Slicing, as in ``image[:, top:]``, needs a Python number, which is the same for all
+# members and images. Draw the offsets outside of ``vmap``, a row for each member, and
+# take the rows and columns of the crop by ``gather``.
 
 
 def augment(images, top, left, flip):  # [16, 3, 32, 32], [16], [16], [16]
@@ -254,15 +265,21 @@ top, left = torch.randint(9, (2, num_models, 16), device=device)
 flip = torch.rand(num_models, 16, device=device) < 0.5
 out = vmap(augment, in_dims=(None, 0, 0, 0))(images, top, left, flip)
 
-crop = F.pad(images[5], (4, 4, 4, 4))[:, top[2, 5] :, left[2, 5] :][:, :32, :32]
-check(out[2, 5], crop.flip(-1) if flip[2, 5] else crop)  # image 5 of member 2
+
+def sliced(image, top, left, flip):
+    crop = F.pad(image, (4, 4, 4, 4))[:, top : top + 32, left : left + 32]
+    return crop.flip(-1) if flip else crop
+
+
+drawn = [part.flatten().tolist() for part in (top, left, flip)]
+check(out.flatten(0, 1), map(sliced, images.repeat(num_models, 1, 1, 1), *drawn))
 
 # %%
 # A bag of embeddings
 # -------------------
 #
-# ``nn.EmbeddingBag`` runs once for each member (tested). These lines run once for all,
-# and take the mean as it does, over the tokens that are not padding.
+# ``nn.EmbeddingBag`` runs once for each member (tested). These lines run once for all
+# members. As in ``nn.EmbeddingBag``, the mean is over the tokens that are not padding.
 
 
 def bag(weight, tokens):  # [50, 8], [16, 6]
@@ -282,14 +299,17 @@ check(out, [bag(tokens) for bag in bags])
 # Return a hidden layer of a finished model
 # -----------------------------------------
 #
-# What a hook keeps for later cannot be used outside of ``vmap`` (tested). Set the hook
-# inside of the function, and return what it kept.
+# A tensor that a forward hook stores cannot be used after ``vmap`` has returned
+# (tested). Set the hook inside of the function, and return what it stored.
 
 
 def with_hidden(params, x):
     kept = []
-    hook = skeleton.body.register_forward_hook(lambda *call: kept.append(call[-1]))
-    with hook:  # removes it in the end
+
+    def keep(module, inputs, output):
+        kept.append(output)
+
+    with skeleton.body.register_forward_hook(keep):  # removes the hook at its end
         out = predict(params, x)
     return out, kept[0]
 
@@ -302,8 +322,9 @@ check(hidden, [model.body(x) for model in models])
 # A model that returns a dataclass
 # --------------------------------
 #
-# It is refused until it is registered, once; then it may be an argument, too. A number
-# in it is refused: make it a tensor. A ``NamedTuple`` is accepted as it is. (Tested.)
+# ``vmap`` refuses a dataclass until you register its class. After that, it may also be
+# an argument. All fields of a dataclass that is returned must be tensors, not numbers.
+# A ``NamedTuple`` needs no registration. (Tested.)
 
 
 @dataclass
@@ -328,8 +349,8 @@ check(out.scale, [F.softplus(model(x)[:, 4:]) for model in models])
 # Fill a part of a tensor, as a Fourier layer does
 # ------------------------------------------------
 #
-# ``x.new_zeros(...)``, filled in place, is refused if all members share ``x`` (tested).
-# Pad the part instead.
+# A tensor from ``x.new_zeros(...)`` that is filled in place is refused if all members
+# share ``x`` (tested). Pad the part that is computed instead.
 
 
 def spectral(weight, x):  # [3, 2], [20, 8]
@@ -347,8 +368,9 @@ check(out, [spectral(weight, x) for weight in weights])
 # The mistake: vmap of a compiled function
 # ----------------------------------------
 #
-# Compile outside of ``vmap``. With torch 2.11 and 2.13, nothing is compiled inside, and
-# no message says so [1]. In place of a compiler, ``count`` counts what it is given:
+# Compile outside of ``vmap``. Inside, torch 2.11 and 2.13 compile nothing, without an
+# error, unless ``fullgraph=True`` asks for one [1] (tested). In place of a compiler,
+# ``count`` counts the graphs that it is given:
 
 
 def count(graph, inputs):
@@ -367,8 +389,8 @@ with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # torch's own
 # Remember
 # --------
 #
-# Draw, pad and compile outside of ``vmap``. Inside, choose by ``torch.where``, and
-# return what you want to keep.
+# Outside of ``vmap``: draw, pad, compile, and multiply by sparse matrices. Inside:
+# choose by ``torch.where``, and return all that you want to keep.
 #
 # Next
 # ----
