@@ -337,7 +337,7 @@ fig.set_label(
 
 # %%
 # **Where ten steps are better than the average and than training alone, the average is
-# a start for each client.** A mean hides those who lose: the last lines count them.
+# a start for each client.** A mean hides who loses: the output counts them.
 #
 # The measure favors the label shift, which is given exactly the frequencies of the
 # measure. Where clients differ in more than the labels, as in handwriting, it probably
@@ -346,7 +346,7 @@ fig.set_label(
 # Remember
 # --------
 #
-# Weights are shared, rows and rates are mapped, and the average is one ``tensordot``.
+# All begin with one set of weights; rows and rates are mapped; ``tensordot`` averages.
 # Judge it on each client's own labels, beside training alone.
 #
 # Next
