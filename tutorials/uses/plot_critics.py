@@ -2,14 +2,14 @@
 Ten critics with slow targets in one call
 =========================================
 
-Train ten critics of reinforcement learning with ``torch.func.vmap``, on goals from the
-minimum of a random pair of slowly following copies, and see what this minimum does to
-the values that they believe in.
+Train an ensemble of ten Q-functions, the critics of REDQ, SAC or TD3, in one call of
+``torch.func.vmap``: each goal is the minimum of a random pair of target networks, which
+follow slowly. See what this minimum does to overestimated values.
 
-**In short.** Stack the critics, index the stacked targets with the pair, so that only
-two of the ten are computed, and let all targets follow by one ``lerp_`` for each
-stacked tensor. The minimum lowers the values; whether they come nearer to the truth
-depends on how many you take it over.
+**In short.** Stack the critics and the targets; ``target[name][pair]`` picks two of
+ten, so that only these are computed; one ``lerp_`` for each stacked tensor is the
+Polyak average of all targets. The minimum lowers the values. It does not make them
+right: over how many targets you take it must fit the task.
 
 Before you start: ``plot_training.py`` trains a stack with one optimizer.
 """
@@ -42,9 +42,10 @@ print(f"{where}, torch {torch.__version__}, float32 but for the check")
 # A random pair, and targets that follow
 # --------------------------------------
 #
-# A critic gets a state and an action, side by side in ``x``, and says how much reward
-# will follow. Its goal is the reward plus the discounted value of the next state and
-# action, by the lower one of two targets [1, 2].
+# A critic gets a state and an action, side by side in ``x``, and gives the value: the
+# discounted reward that it expects. Its goal is the reward plus the discounted value of
+# the next state and action, for which the lower one of two targets counts [1, 2]. An
+# actor would choose the next action (and SAC subtract its entropy term from ``goal``).
 
 
 def build(width=64):
@@ -77,7 +78,7 @@ with torch.device("meta"):
 optimizer = torch.optim.Adam(params.values(), lr=3e-4, fused=True)
 
 # %%
-# One update, on numbers that stand for a batch of a replay buffer:
+# One update, on random numbers in place of a batch of a replay buffer:
 
 
 def draw(batch=256, device=device):
@@ -93,8 +94,8 @@ print(f"{len(params)} stacked tensors, values {list(values(params, draw()[0]).sh
 # The same with ten modules
 # -------------------------
 #
-# The loop at its best has one optimizer, one backward pass, and PyTorch's own function
-# for moving averages, which takes all tensors at once.
+# The loop at its best has one optimizer, one backward pass of the summed losses, and
+# PyTorch's own function for moving averages, which takes all tensors at once.
 
 follow = get_ema_multi_avg_fn(0.995)
 
@@ -140,14 +141,15 @@ print(f"critics and targets after 20 updates: at most {far:.0e} from those of th
 #
 # Here the truth is known: states and rewards are random numbers of mean zero that no
 # action changes, so each state and action has the value 0. A critic has an output for
-# each of four actions, and the best one is taken. We expect the minimum over more
-# targets to give lower values; this does not say where they end up.
+# each of four actions, and the highest one counts, as in Q-learning: a maximum over
+# errors is too high on average. We expect the minimum over more targets to give lower
+# values; this does not say where they end up.
 #
 # Eight runs of ten critics learn with the minimum over 1, 2, 5 and 10 targets: 320
 # critics in one stack, by two ``vmap``. A mask takes the place of the pair. A run draws
-# batches of 64 from a replay buffer of its own, which is large in one experiment and
-# small in the other. A run believes in the mean of its critics, and in its best action:
-# this value is averaged over 200 new states.
+# batches of 64 from a replay buffer of its own, which holds 50,000 transitions in one
+# experiment and 500 in the other. The believed value is what REDQ's analysis uses, too:
+# the mean of the ten critics, here for its best action and over 200 new states.
 
 sizes, num_runs = [1, 2, 5, 10], 8
 over = torch.tensor(sizes, device=device).repeat_interleave(num_runs)  # of 32 runs
@@ -214,8 +216,8 @@ def believe(buffer, num_steps=400):
 curves = {buffer: believe(buffer) for buffer in (50_000, 500)}
 
 # %%
-# The verdicts compare the last values with the truth: in brackets, the 95 % interval of
-# the mean of eight runs.
+# The values after the last step against the truth, in brackets the 95 % interval of the
+# mean of eight runs:
 
 verdicts = []
 for buffer, curve in curves.items():
@@ -224,12 +226,13 @@ for buffer, curve in curves.items():
         middle, reach = last.mean().item(), 2.36 * last.std().item() / num_runs**0.5
         low, high = middle - reach, middle + reach
         word = "too high" if low > 0 else "too low" if high < 0 else "not told from 0"
-        verdicts.append(f"over {size} {middle:+.2f}, {word}")
-        print(f"    minimum {verdicts[-1]} ({low:+.2f} to {high:+.2f})")
+        value = f"over {size} {middle:+.2f}, {word}"
+        print(f"    minimum {value} ({low:+.2f} to {high:+.2f})")
+        verdicts.append(f"{buffer:,} {value}")
 
 # %%
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 steps = 10 * torch.arange(1, 1 + len(curve))
 for ax, (buffer, curve) in zip(axes, curves.items(), strict=True):
     for i, (size, dash) in enumerate(zip(sizes, ["-", "--", "-.", ":"], strict=True)):
@@ -243,16 +246,19 @@ fig.suptitle(
 )
 fig.set_label(
     "Believed values against steps, for minima over 1, 2, 5 and 10 targets and a large "
-    f"and a small buffer, the truth being 0. In the end: {'; '.join(verdicts)}."
+    "and a small buffer, the truth being 0. In the end, with a buffer of "
+    f"{'; '.join(verdicts)}."
 )
 
 # %%
 # **The minimum lowers the values; it does not correct them.** Where a minimum over many
 # targets is too low, fewer would be better. The two experiments differ in the buffer
-# alone: where the values are higher with the small one, the critics probably share the
-# error of its few rewards, and a minimum does not remove a shared error. (After 400
-# steps, values may still move.) So choose the number for your own task, and compare the
-# values with the returns that you get.
+# alone. Where the small one gives higher values, a guess at the reason: all ten critics
+# share the error of its few rewards, and a minimum over critics cannot remove a shared
+# error. Where a curve still rises at the end, its last value is not the final one.
+#
+# So choose the number for your own task: compare the values of the critics with the
+# discounted returns that the agent gets, as the paper does [1].
 #
 # Is one call faster?
 # -------------------
@@ -289,8 +295,8 @@ def said(gain, low, high):
 
 # %%
 # A loop starts the same operators once for each critic; the wider the critics, the less
-# this should matter. A whole update with a batch of 256, medians of at least seven
-# turns, warm; in brackets the gain's 95 % interval:
+# this should matter. (Those of REDQ have 256.) A whole update with a batch of 256,
+# medians of at least seven turns, warm; in brackets the gain's 95 % interval:
 
 for width in (64, 256):
     models = [build(width).to(device) for _ in range(10)]
@@ -315,14 +321,14 @@ target = dict(params)
 print("shared memory:", all(target[name] is p for name, p in params.items()))
 
 # %%
-# ``lerp_`` then moves each tensor to itself, and the targets follow at once. Take
-# ``.detach().clone()``.
+# ``lerp_`` then moves each tensor to itself: the targets are the critics and no longer
+# slow. Take ``.detach().clone()``.
 #
 # Remember
 # --------
 #
-# A pair is an index into the stack, a slow copy is one ``lerp_`` for each stacked
-# tensor. **A minimum lowers what critics believe; how far it should is a setting.**
+# A random pair is an index into the stack, and a slow copy is one ``lerp_`` for each
+# stacked tensor. **A minimum lowers the values; how far it should is a setting.**
 #
 # Next
 # ----
