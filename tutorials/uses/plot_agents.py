@@ -209,8 +209,7 @@ print(f"parameters after 20 steps of Adam: at most {far:.0e} from those alone")
 #
 # After each tenth of the training, the greedy policy, which takes the more likely
 # action, plays eight new carts: the mean number of its steps counts, at most 500. (Of
-# good agents, few training episodes end, so their lengths say little.) For the clock,
-# one agent trains alone, too, ten updates after each ten of the stack.
+# good agents, few training episodes end, so their lengths say little.)
 
 
 @torch.no_grad()
@@ -222,6 +221,9 @@ def evaluate(agent, state):
         alive = alive & ~fallen(state)
     return length.float().mean(dim=-1)  # [agents]
 
+
+# %%
+# For the clock, one agent trains alone, too, ten updates after each ten of the stack.
 
 rates, num_seeds = [0.0003, 0.003, 0.03, 0.1], 16
 own_rates = torch.tensor(rates, device=device).repeat_interleave(num_seeds)
