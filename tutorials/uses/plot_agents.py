@@ -65,10 +65,10 @@ def call(params, states):  # of one agent
     return functional_call(skeleton, params, (states,), strict=True)
 
 
-everyone = vmap(call)  # each agent sees its own carts only
+everyone = vmap(call)  # each agent sees its own carts
 states = torch.zeros(num_agents, num_carts, 4, device=device)
 logits, values = everyone(params, states)  # [64, 16], [64, 16]
-right = torch.rand(logits.shape).to(device) < logits.sigmoid()  # actions, drawn outside
+right = torch.rand(logits.shape).to(device) < logits.sigmoid()  # drawn outside
 print(f"{num_agents} agents, {num_carts} carts each, actions {list(right.shape)}")
 
 # %%
@@ -151,9 +151,12 @@ def play(agent, state, age, luck):
     return (state, age), [torch.stack(part, dim=1) for part in zip(*seen, strict=True)]
 
 
+# %%
+# The data of the loss, with a discount of 0.99 and a lambda of 0.95:
+
+
 @torch.no_grad()
 def judge(agent, states, right, after, fell, end):
-    """What the loss needs; generalized advantages, discount 0.99, lambda 0.95."""
     logits, values = agent(states)
     advantage = 0.01 + 0.99 * agent(after)[1] * ~fell - values  # reward of a step: 0.01
     for t in reversed(range(15)):
@@ -162,7 +165,7 @@ def judge(agent, states, right, after, fell, end):
 
 
 def train(agent, update, carts, luck):
-    """For each row of luck: play 16 steps, and learn four times from all of them."""
+    """For each row of luck: play 16 steps and learn four times from them."""
     for numbers in luck:
         carts, seen = play(agent, *carts, numbers)
         data = judge(agent, *seen)
