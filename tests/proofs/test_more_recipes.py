@@ -132,3 +132,30 @@ def test_readout_with_padding_is_wrong(names):
     everything = vmap(run)(names["graph_params"], *own).mean(dim=1)
     assert len(graphs) == len(everything)
     assert (everything - names["readout"]).abs().max() > 1e-3
+
+
+def test_a_sparse_matrix_for_each_member():
+    dense = torch.rand(3, 20, 20, dtype=torch.float64) * (torch.rand(3, 20, 20) < 0.1)
+    xs = torch.randn(3, 20, 8, dtype=torch.float64, requires_grad=True)
+    out = torch.stack([matrix.to_sparse() for matrix in dense]).bmm(xs)
+    torch.testing.assert_close(out, dense @ xs, **EXACT)
+    slope, expected = (torch.autograd.grad(v.sum(), xs)[0] for v in (out, dense @ xs))
+    torch.testing.assert_close(slope, expected, **EXACT)
+
+
+def test_the_gradient_of_a_hidden_layer(names, double):
+    exec(recipe("Return a hidden"), names)
+    params, call, x = (names[name] for name in ("params", "with_hidden", "x"))
+    calls = []
+    hook = names["skeleton"].body.register_full_backward_hook(
+        lambda *_: calls.append(1)
+    )
+    out, hidden = vmap(call, in_dims=(0, None))(params, x)
+    (slope,) = torch.autograd.grad(out.square().sum(), hidden, retain_graph=True)
+    out.sum().backward()
+    hook.remove()
+    assert not calls
+    for i, model in enumerate(names["models"]):
+        kept = model.body(x)
+        (alone,) = torch.autograd.grad(model.head(kept).square().sum(), kept)
+        torch.testing.assert_close(slope[i], alone)

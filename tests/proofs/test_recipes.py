@@ -100,3 +100,13 @@ def test_a_backbone_of_all_runs_once_on_a_minibatch_of_all(ensemble):
         data = ensemble["minibatches"][0], ensemble["labels"][0]
         ensemble["heads_loss"](*state, *data)
     assert counter.get_total_flops() == body + 10 * head
+
+
+def test_members_may_be_dimension_1_of_the_data(ensemble):
+    state = ensemble["params"], ensemble["buffers"]
+    data = ensemble["minibatches"]
+    dims = {"in_dims": (0, 0, 1), "out_dims": 1}
+    found = vmap(ensemble["predict"], **dims)(*state, data.transpose(0, 1))
+    torch.testing.assert_close(
+        found.transpose(0, 1), vmap(ensemble["predict"])(*state, data)
+    )

@@ -7,7 +7,7 @@ import random
 import pytest
 from pages import defined_in, functions_of, names_of, pages_of
 
-SECTIONS = ["basics", "training", "speed", "uncertainty", "scale", "beyond"]
+SECTIONS = ["basics", "training", "speed", "uncertainty", "scale", "beyond", "uses"]
 PAGES = [page for section in SECTIONS for page in pages_of(section)]
 COMPARING = [page for page in PAGES if "in_turns" in defined_in(page)]
 MODEL = "training/plot_training"

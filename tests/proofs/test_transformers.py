@@ -8,6 +8,7 @@ import torch
 from pages import names_of
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,3 +134,21 @@ def test_fused_attention_of_a_cpu_has_no_dropout():
     with Seen() as seen, math:
         Reader(dropout=0.0)(x[0], padding[0])
     assert not any("flash" in name for name in seen.names)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_flex_attention_takes_the_models_as_rows():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    qkv = torch.randn(3, 3, 2, 4, 128, 16)  # q, k, v: [models, batch, heads, ...]
+    with pytest.raises(Exception, match=r"TransformType|fake tensor"):
+        vmap(flex_attention)(*qkv)
+    lengths, rows = torch.tensor([100, 50, 128, 30, 60, 90]), qkv.flatten(1, 2)
+    mask = create_block_mask(
+        lambda b, h, i, j: j < lengths[b], 6, None, 128, 128, device="cpu"
+    )
+    seen = (torch.arange(128) < lengths[:, None])[:, None, None]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(*rows, attn_mask=seen)
+    torch.testing.assert_close(flex_attention(*rows, block_mask=mask), expected)

@@ -74,7 +74,9 @@ labels = torch.randint(5, (num_models, 16), device=device)
 # ----------------------------------
 #
 # Draw rows of your data set for each member. The last lines run member 1 alone, without
-# ``vmap``, which is a check to keep in your project. (``plot_ensembling.py``)
+# ``vmap``, which is a check to keep in your project. If members are dimension 1 of the
+# data, as agents of one environment often are, write ``in_dims=(0, 0, 1)`` and
+# ``out_dims=1`` (tested). (``plot_ensembling.py``)
 
 data = minibatches.flatten(0, 1)  # [160, 20], stands for your data set
 rows = torch.randint(len(data), (num_models, 16), device=device)

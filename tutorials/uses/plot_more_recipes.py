@@ -170,6 +170,9 @@ out = multiply(A, vmap(predict, in_dims=(0, None))(params, x))  # [10, 20, 8]
 check(out, [A @ model(x) for model in models])
 
 # %%
+# With a matrix of its own for each member, call ``torch.stack(matrices).bmm(xs)``
+# outside of ``vmap``, in the layout ``torch.sparse_coo`` (tested).
+#
 # Solve an ODE for all members: fixed steps
 # -----------------------------------------
 #
@@ -319,6 +322,9 @@ out, hidden = vmap(with_hidden, in_dims=(0, None))(params, x)  # hidden [10, 20,
 check(hidden, [model.body(x) for model in models])
 
 # %%
+# Its gradient, as for K-FAC, is ``torch.autograd.grad(loss, hidden)``, outside of
+# ``vmap``. A full backward hook is never called there, without an error (tested).
+#
 # A model that returns a dataclass
 # --------------------------------
 #

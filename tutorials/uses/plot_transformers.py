@@ -166,6 +166,10 @@ except RuntimeError as error:
 #   model whose gradient overflows makes it skip the step of all: ``plot_data.py``.
 # - **Checkpointing**: put ``torch.utils.checkpoint`` around the call, not inside a
 #   model: ``plot_what_vmap_refuses.py``.
+# - **FlexAttention** has no rule for ``vmap``. Call it outside, with the models in the
+#   batch: ``flex_attention(*[t.flatten(0, 1) for t in (q, k, v)], block_mask=mask)``. A
+#   ``mask_mod`` runs under ``vmap``, so compute what it needs before, a row for each
+#   ``b``, and index it: ``lambda b, h, i, j: j < lengths[b]``.
 # - **Hugging Face**: we tried small ``BertForSequenceClassification`` and
 #   ``GPT2LMHeadModel`` of transformers 5.24.0 with random weights in eval mode. Return
 #   ``.logits`` from the mapped function. Give it a mask of floats, ``[batch, 1, 1,
