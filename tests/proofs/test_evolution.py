@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-PAGE = names_of("uses/plot_evolution")
+PAGE = names_of("uses/plot_evolution", skeleton=None)
 outputs, evolve, keep_best = map(PAGE.get, ["outputs", "evolve", "keep_best"])
 everyone = vmap(outputs, in_dims=(0, None, None))
 
