@@ -312,7 +312,7 @@ print("mean over the generations:", verdict("evolution", "keep the best", steps)
 # module for one member after the other, with the same result (tested in float64).
 
 
-def in_turns(*ways, seconds=0.5):
+def in_turns(*ways, seconds=1.0):
     """For each way: seconds of a call, gain over the first way, the gain's interval."""
 
     def clock(way, calls=1):
@@ -354,7 +354,7 @@ model, carts = make_driver().to(device).requires_grad_(False), new_carts(4)
 untrained = new_rows(make_driver, numbers[-1])
 alone = partial(play, lambda state: model(state * scale).squeeze(-1), carts, 50)
 together = [partial(lengths, untrained[:n], carts, 50) for n in numbers]
-(one, *_), *calls = in_turns(alone, *together)
+(one, *_), *calls = in_turns(alone, *together, seconds=0.5)
 for n, (time, *gain) in zip(numbers, calls, strict=True):
     gains.append([n * g for g in gain])
     print(f"{n}: loop {n * one:.3f} s, one call {time:.3f} s: {said(*gains[-1])}")
