@@ -8,7 +8,7 @@ and compare the ways to choose over many repeats, all trained in one call.
 **In short.** Active learning: score random candidates, and ask for the labels of the
 most doubtful. The margin, a small gap between the two largest probabilities, needs one
 network; mutual information (BALD) needs several members. Both beat random labels here,
-in error and in loss; the image farthest in pixels does not.
+in error and in loss; the image farthest in pixels is worse in error.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -74,8 +74,7 @@ def ask(score, candidates, labelled, count=20):
 #
 # - random;
 # - farthest (k-center, a core-set): one by one, the image whose nearest labelled one is
-#   farthest, in pixels (not in a network's features, as Sener 2018); it needs no
-#   network;
+#   farthest, in pixels (Sener 2018: in a network's features); it needs no network;
 # - the margin of one network, and that of the mean of four;
 # - BALD, with four members.
 #
@@ -216,7 +215,7 @@ errors, single, losses = (torch.stack(v).cpu() for v in (errors, single, losses)
 # Numbers are those of each way's ensemble of four on test images, as a mean over the
 # last five rounds. Ways are compared repeat by repeat, as they share images and starts;
 # in brackets is the 95 % interval (Student's t). Where it leaves out 0, the run calls a
-# way better or worse: fourteen verdicts, from repeats that share 5,000 images, so take
+# way better or worse: nineteen verdicts, from repeats that share 5,000 images, so take
 # those near the limit lightly. The learning rate and the number of steps were not tuned
 # for any way.
 
@@ -279,11 +278,13 @@ fig.set_label(
 
 # %%
 # Where "margin of four minus margin of one" is not certain, this run does not tell
-# whether an ensemble asks better: one network is cheaper. The lines on "the four minus
-# one of them" say what the ensemble gains when it answers. Candidates are random, so
-# that the twenty chosen ones are not all from the most doubtful corner of the pool;
-# that is not compared here (``plot_committee_forces.py`` does). BALD takes the twenty
-# highest one by one, not as a batch that is chosen together (Kirsch 2019).
+# whether an ensemble asks better: one network is cheaper to ask with; four answer in
+# all these numbers. The lines on "the four minus one of them" say what the ensemble
+# gains when it answers. Candidates are random, so that the twenty chosen ones need not
+# all come from the most doubtful corner of the pool; that is not compared here
+# (``plot_committee_forces.py`` does). BALD takes the twenty highest one by one, not as
+# a batch that is chosen together (Kirsch 2019). The numbers of labels are read from
+# mean curves: take them as plus or minus one step of 20.
 #
 # The mistake: BALD with one member
 # ---------------------------------
@@ -302,8 +303,8 @@ print(f"largest score with one member {alone:.0e}, with four {scores[4].max():.2
 # --------
 #
 # **Compare every way to ask with random labels.** Choose by the measure that you
-# report: error and loss need not agree. Train the repeats in one call: the differences
-# between clever ways need many.
+# report: error and loss need not agree. Train the repeats in one call: with twelve,
+# most differences between clever ways may still not be certain.
 #
 # Next
 # ----

@@ -9,7 +9,7 @@ their coverage however long the networks were trained, for new rows like the old
 seen: the errors on these are honest (jackknife+ after bootstrap, a kind of conformal
 prediction). Here the intervals held at every length of training, where the quantile of
 training errors and the bars of an ensemble did not; bars that stop by unseen rows held,
-too. The proof promises less than is seen: at least 80 % for an interval of 90 %.
+too. The nearest proof promises less than is seen: 80 % for an interval of 90 %.
 
 Before you start: ``plot_regression.py`` splits a variance into noise and ignorance.
 """
@@ -167,7 +167,8 @@ print(f"50 steps with weight 0, and without the row: {far:.0e} apart")
 # - split conformal: ten members train on 30 rows, the other 30 rows give the errors.
 #
 # **What should happen:** networks learn the rows that they see by heart, so errors at
-# these shrink, and a variance fitted to them, too. Errors at unseen rows do not shrink.
+# these shrink, and a variance fitted to them, too. Errors at unseen rows shrink only
+# where new errors do.
 
 
 def gaussian_loss(params, weight, x, y):
@@ -303,7 +304,7 @@ fig.set_label(
 # %%
 # A line that falls far below 90 % belongs to a method whose coverage depends on when
 # one stops. Where coverage stays near 90 %, a width that grows says that errors at
-# unseen rows grew.
+# unseen rows grew, or that members disagree more.
 
 for name in ("leave one out", "split conformal"):
     for k in (0, 2, -1):
@@ -319,12 +320,12 @@ for name in ("leave one out", "split conformal"):
 # leave one out, Kim (2020) for a bootstrap with a random number of members: fifty,
 # fixed before, are not covered to the letter. All proofs ask for rows whose order tells
 # nothing (exchangeable ones): an interval need not hold for patients of another kind.
-# All new rows share quantiles of the same errors, so the width hardly tells which
+# All new rows share quantiles of the same errors, so the width need not tell which
 # patient is doubtful, unlike the bars of ``plot_regression.py``.
 #
-# Compare the two that stop with each other: both have chosen their length. Split
-# conformal is proven for the full 90 %, but gives away half of the rows: compare its
-# widths.
+# Compare the two that stop with each other, as both have chosen their length: bars that
+# hold at the same width are no worse. Split conformal is proven for the full 90 %, but
+# gives away half of the rows, and has ten members here, not fifty: compare its widths.
 #
 # The mistake: ``torch.quantile``
 # -------------------------------
@@ -342,8 +343,8 @@ for n in (10, 20, 60):
 # %%
 # With fewer than nine rows, ``smallest`` is infinite: so few rows bound nothing at 90
 # %. Two mistakes are silent: scale by a mean of the training rows, the one left out
-# among them, or stop the training by the row that is left out. Both let that row in
-# again.
+# among them, or stop a member by the one row that it leaves out. Both let that row in
+# again. The stop above does so a little, for all members at once.
 #
 # Remember
 # --------
