@@ -323,8 +323,8 @@ for ax in axes[1]:
     ax.set_xlabel("x")
 fig.suptitle(f"Bands of one data set, {device.type}, float32")
 fig.set_label(
-    "Four panels, the first data set: bands of two standard deviations around the mean. "
-    "Multiples of the chains' spread at the data, mean of four data sets: "
+    "Four panels, the first data set: bands of two standard deviations around the mean."
+    " Multiples of the chains' spread at the data, mean of four data sets: "
     + ", ".join(
         f"{k} {(spread(v) / reference)[0].mean():.2f}" for k, v in bands.items()
     )
