@@ -427,6 +427,7 @@ print(f"one call for all members, {(out - loop).abs().max():.1g} from a loop")
 # Next
 # ----
 #
+# - ``plot_recurrent.py``: an LSTM or a GRU, which ``vmap`` refuses.
 # - ``plot_silent_mistakes.py``: a loop of PyTorch's own operators without a warning.
 #
 # References

@@ -352,6 +352,7 @@ fig.set_label(
 # Next
 # ----
 #
+# - ``plot_more_recipes.py``: graphs, sparse matrices, solvers, augmentation.
 # - ``plot_between_members.py``: averages of models that began apart.
 #
 # References
