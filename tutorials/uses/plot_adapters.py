@@ -132,7 +132,7 @@ pairs = zip(
     (loop, *torch.autograd.grad(loop.sin().sum(), weights)),
     strict=True,
 )
-far = max((a - b).abs().max().item() for a, b in pairs)
+far = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
 print(f"outputs and gradients, largest difference from merged networks: {far:.0e}")
 assert far < 1e-10, "one call does not compute what each user's merged network does"
 

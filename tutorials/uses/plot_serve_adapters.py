@@ -374,7 +374,7 @@ print(f"{off.sum()} of {len(x)} samples answered with another user's adapter")
 # Next
 # ----
 #
-# - ``plot_agents.py``: agents of reinforcement learning, seeds and settings in one call.
+# - ``plot_agents.py``: reinforcement learning, all seeds and settings in one call.
 # - ``plot_saving.py``: save the stack, take one user's rows out.
 # - ``plot_when_vmap_pays.py``: when one call is faster than a loop.
 #
