@@ -122,7 +122,7 @@ def merged(base, adapter):
 frozen = {name: p.cpu().double() for name, p in base.items()}
 few = {k: torch.randn(3, *p.shape[1:]) / 4 for k, p in adapters.items()}
 few = {name: p.cpu().double().requires_grad_() for name, p in few.items()}
-x = torch.randn(3, 8, 196).double().cpu()
+x = torch.randn(3, 8, 196).cpu().double()
 outputs = every(few, frozen, x)
 users = [{name: p[i] for name, p in few.items()} for i in range(3)]
 loop = [functional_call(plain, merged(frozen, a), x[i]) for i, a in enumerate(users)]
@@ -219,7 +219,7 @@ ways = {  # own tensors at the start, how to call, learning rates
 
 def accuracy(call, own, x, y):
     with torch.no_grad():
-        return (call(own, base, x).argmax(-1) == y).double().mean(1).cpu()  # [users]
+        return (call(own, base, x).argmax(-1) == y).cpu().double().mean(1)  # [users]
 
 
 def fit(call, own, lr, looks):
