@@ -117,4 +117,4 @@ def test_one_model_that_trains_eight_times_as_long():
         text = text.replace(old, new)
     names = {}
     exec(text, names)
-    assert names["together"].mean() > 0.8
+    assert names["together"].mean() > 0.87  # what eight together reach

@@ -9,8 +9,8 @@ one frozen network, and compare two ranks with a last layer and a copy for each 
 write this as a forward hook, stack the matrices ``A`` and ``B`` of all users, and call
 ``vmap`` with ``in_dims=(0, None, 0)``. All users train in one call, the frozen network
 is in memory once, and each user gets the adapter that training alone gives (tested).
-In the task below, an adapter for each user is far better than the frozen network alone,
-and a copy of all weights for each user is better still.
+In the task below, adapters of either rank beat an own last layer after 200 steps, and a
+copy of all weights for each user is better still.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -188,7 +188,8 @@ test = of_all([torch.arange(4000, 5000)] * 16)
 # Adapters of rank 4 and 16 are compared with two rivals: an own last layer for each
 # user, and an own copy of all weights. A rank may be too low, or only need more steps.
 # So all ways train for the same 200 steps of 32 digits, and are tested after 50, 100
-# and 200. Each time, validation accuracy chooses one of three learning rates a way.
+# and 200. Each time, mean validation accuracy chooses one of three learning rates for a
+# way; where it is the highest, a higher one may be better.
 
 
 def replace(own, base, x):
@@ -252,8 +253,8 @@ for way, (own, call, rates) in ways.items():
 
 # %%
 # Two ways are compared user by user: the mean difference in points, ± two standard
-# errors of that mean. A mean nearer to zero than that is called no difference. The
-# users share one base and one test.
+# errors of that mean. Nearer to zero, "no difference" means undecided. The users share
+# one base and one test.
 
 
 def compare(way, rival, look):
@@ -288,9 +289,9 @@ fig.set_label(
 
 # %%
 # **Choose rank, steps and learning rate together, on data that no user trains on.**
-# Where the lines of two ranks meet, the lower rank needed only more steps. Where they
-# stay apart up to the last step, it is too low for these users, or needs more steps
-# still. The legend has what each way costs in memory for each user.
+# Where the lines of two ranks meet, the lower rank is enough. Where they stay apart up
+# to the last step, it is too low for these users, or needs more steps or other rates.
+# The legend has the numbers that each way stores for a user.
 #
 # The mistake: a skeleton without the adapters
 # --------------------------------------------
@@ -323,8 +324,9 @@ except RuntimeError as error:
 #   and in ``B``: its outputs stay the same, and the zeros stay zeros in training.
 #
 # **A pretrained transformer** works with the same ``add_lora`` and ``new_adapters``. In
-# ``BertModel`` of transformers 5.24.0 with the weights of all-MiniLM-L6-v2, an adapter
-# of rank 4 has 165,888 numbers, the base 22.6 million (tested).
+# ``BertModel`` of transformers 5.24.0 with the weights of all-MiniLM-L6-v2, "eager"
+# attention and no mask, users start at the base, all ``B`` get gradients, and an
+# adapter of rank 4 has 165,888 numbers, the base 22.6 million (tested).
 #
 # Remember
 # --------

@@ -9,8 +9,8 @@ one call on one frozen network, and compare the time with loops over users.
 map over samples by ``torch.func.vmap`` with ``in_dims=(0, None, 0)``. Where all layers
 take more leading dimensions, as ``nn.Linear`` does, the same rows work without
 ``vmap``. In the batches timed below, a merged network is faster than this call if all
-samples belong to one user, and this call is faster than loops over users if there are
-as many users as samples.
+samples belong to one user, and this call is faster than loops over users where each
+sample has a user of its own; with few users, time both.
 
 Before you start: ``plot_adapters.py`` trains the adapters, and merges one of them.
 """
@@ -106,8 +106,8 @@ print(f"numbers held: {size + own:,}; by 64 merged networks: {64 * size:,}")
 #
 # PEFT saves ``A`` and ``B`` of ``nn.Linear`` layers in the same shapes, under other
 # names, and by default multiplies their product by ``lora_alpha / r``. ``from_peft``
-# takes a list of what ``safetensors.torch.load_file`` reads from each file (tested with
-# PEFT 0.21.2).
+# takes a list of what ``safetensors.torch.load_file`` reads from each file, all of one
+# rank, scaling and set of layers (tested with PEFT 0.21.2).
 
 
 def from_peft(states, scaling):
@@ -132,7 +132,8 @@ def from_peft(states, scaling):
 # -----------------------------------------
 #
 # The first loop calls a merged network for each user in the batch: all weights of each
-# user are in memory. The second loop works as PEFT does, on samples sorted by user.
+# user are in memory. The second loop is PEFT's, but on samples that are sorted by user
+# first.
 
 
 def merged_of(base, adapters, i):
@@ -199,7 +200,7 @@ for form in (serve, serve_without_vmap, serve_by_hand, serve_in_each_layer):
 #
 # One call has the same number of products for any number of users (tested). The number
 # of products of a loop grows with the users in the batch. So we expect one call to be
-# slower than a loop for one user, and faster for many.
+# slower for few users in the batch, and faster for many.
 
 
 def in_turns(*ways, seconds=1.0):
@@ -252,7 +253,7 @@ serving = []
 for n in sizes:
     adapters = random_adapters(n)
     x = torch.randn(sizes[-1], 784, device=device)  # as many samples as most users
-    who = torch.randint(n, (len(x),), device=device)
+    who = torch.randperm(len(x), device=device) % n  # users in equal shares
     networks = [merged_of(base, adapters, i) for i in range(n)]
     ways = {
         "vmap": partial(serve, adapters, base, who, x),
@@ -348,11 +349,12 @@ fig.set_label(
 )
 
 # %%
-# **Time a batch with as many users as yours has.** Where the loop over merged networks
-# is the fastest, and all of them fit in memory, take it. Where *without vmap* is faster
-# than ``vmap`` and fits your model, take that. In training, one call pays from the
-# number of users on where the line of the loop is above 1. Large language models have
-# servers with kernels of their own for mixed batches, as Punica [2] and S-LoRA [3].
+# **Time a batch with as many users as yours has.** Take the fastest that fits: merged
+# networks need memory for all, the loop in each layer does not. What *by hand* gains is
+# the cost of hooks, ``functional_call`` and ``vmap``. In training, one call pays from
+# the number of users on where the line of the loop is above 1. Large language models
+# have servers with kernels of their own for mixed batches, as Punica [2] and S-LoRA
+# [3].
 #
 # The mistake: as many samples as users
 # -------------------------------------
@@ -369,7 +371,7 @@ print(f"{off.sum()} of {len(x)} samples answered with another user's adapter")
 #
 # **The rows of the adapters follow the samples, the base is shared**: ``p[who]``, then
 # ``vmap`` with ``(0, None, 0)``, or no ``vmap`` where the layers allow it. For a batch
-# of a single user, merge.
+# of one or a few users, time the loops first.
 #
 # Next
 # ----

@@ -9,10 +9,10 @@ precision, and BERT and GPT-2 of Hugging Face need.
 **In short.** Write
 ``call = sdpa_kernel(SDPBackend.MATH)(vmap(predict, randomness="different"))``, and pass
 padding and attention masks by position. In eval mode, first call
-``torch.backends.mha.set_fastpath_enabled(False)``. Without ``MATH``, a CPU runs
-``scaled_dot_product_attention`` once for each model, and ``vmap`` warns of "a
-performance drop". On a CPU expect one call to be faster than a loop for many narrow
-models with short sequences only: timed below.
+``torch.backends.mha.set_fastpath_enabled(False)``. Without ``MATH`` and dropout, a CPU
+runs attention once for each model, and ``vmap`` warns of "a performance drop", though
+it may be faster. On a CPU expect one call to be faster than a loop for many narrow
+models, in training sooner than in prediction: timed below.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -168,11 +168,12 @@ except RuntimeError as error:
 #   model: ``plot_what_vmap_refuses.py``.
 # - **FlexAttention** has no rule for ``vmap``. Call it outside, with the models in the
 #   batch: ``flex_attention(*[t.flatten(0, 1) for t in (q, k, v)], block_mask=mask)``. A
-#   ``mask_mod`` runs under ``vmap``, so compute what it needs before, a row for each
-#   ``b``, and index it: ``lambda b, h, i, j: j < lengths[b]``.
+#   ``mask_mod`` runs under ``vmap``, so compute what it needs before, one for each
+#   ``b``, model by model and row by row, and index it:
+#   ``lambda b, h, i, j: j < lengths[b]``.
 # - **Hugging Face**: we tried small ``BertForSequenceClassification`` and
-#   ``GPT2LMHeadModel`` of transformers 5.24.0 with random weights in eval mode. Return
-#   ``.logits`` from the mapped function. Give it a mask of floats, ``[batch, 1, 1,
+#   ``GPT2LMHeadModel`` of transformers 5.24.0 with random weights in eval mode. Map the
+#   buffers, too, and return ``.logits``. Give it a mask of floats, ``[batch, 1, 1,
 #   tokens]`` (GPT-2: ``[batch, 1, tokens, tokens]``, causal as well), 0 to see and
 #   ``torch.finfo(dtype).min`` to ignore. A mask ``[batch, tokens]`` raises the error
 #   about data-dependent control flow, except in GPT-2 with "eager" attention. **With
@@ -324,11 +325,11 @@ fig.set_label(
 # %%
 # In our runs on a CPU, one call trained 16 models of width 32 faster than a loop, and
 # did not gain with one model or at width 128. It needed more models to gain in
-# prediction than in training. With 64 tokens, the fused kernel was the faster form to
-# predict: where your run shows that, leave ``math_attention`` out. Read the table for a
-# size near yours, or put your own model into ``plot_your_own_model.py``. One reason why
-# one call can be slower, fresh memory, is measured for CNNs in
-# ``plot_what_vmap_runs.py``.
+# prediction than in training. Compare the two kernels row by row: where the fused one
+# is faster, to predict most of all, leave ``math_attention`` out, and where the loop is
+# faster still, keep the loop. Read the table for a size near yours, or put your own
+# model into ``plot_your_own_model.py``. One reason why one call can be slower, fresh
+# memory, is measured for CNNs in ``plot_what_vmap_runs.py``.
 #
 # Remember
 # --------
