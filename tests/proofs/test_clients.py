@@ -74,6 +74,9 @@ def test_a_client_draws_its_own_rows_and_all_of_them(page):
     assert rows.shape == (2, 2, 50, 10)
     drawn = [set(part.flatten().tolist()) for part in rows.flatten(0, 1)]
     assert drawn == [{0, 2, 4}, {3}, {1, 5}, {0, 2, 4}]
+    page["sizes"] = torch.tensor([2, 4, 0])  # a last client without rows
+    page["first"] = torch.tensor([0, 2, 6])
+    assert page["own_rows"](torch.tensor([2]), 3).shape == (1, 3, 10)
 
 
 def test_the_largest_number_drawn_stays_below_the_size():

@@ -118,6 +118,12 @@ def test_a_registered_dataclass_is_an_argument_and_holds_no_number(names):
         vmap(lambda x: kind(x, 3))(names["x"])
 
 
+def test_inside_nothing_is_compiled_and_outside_one_graph(names, capsys):
+    exec(recipe("The mistake"), names)
+    found = capsys.readouterr().out.split("compiled")
+    assert [part.split()[-1] for part in found[:-1] if ": " in part] == ["0", "1"]
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_fullgraph_makes_a_compiled_function_inside_of_vmap_an_error(names, backend):
     inside = torch.compile(names["predict"], backend=backend, fullgraph=True)

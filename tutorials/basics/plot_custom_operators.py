@@ -102,8 +102,8 @@ def gradients(g, a, y, scan):
 # - ``in_dims`` has an entry for each input: the dimension of the members, or ``None``
 #   for what all share. ``out_dims`` has the structure of the output, ``(0, 0)`` for
 #   two. The entry of a number is ``None``, too: leave it out of ``members_first``.
-# - **A kernel that reads pointers**, in Triton or C++, needs ``.contiguous()`` on each
-#   tensor first. Without it the kernel reads wrong numbers, since ``members_first``
+# - **A kernel that ignores strides**, in Triton or C++, needs ``.contiguous()`` on each
+#   tensor first. Without it the kernel may read wrong numbers, as ``members_first``
 #   returns views, and no error is raised.
 # - **A kernel in** ``backward`` needs a ``Function`` as well, here the same one: under
 #   ``grad``, the tensors in ``backward`` have no storage. If it computes gradients
@@ -120,8 +120,9 @@ def gradients(g, a, y, scan):
 # Only PyTorch inside: ``generate_vmap_rule``
 # -------------------------------------------
 #
-# This ``Function`` has the straight-through gradient of quantized networks. If your
-# ``forward`` takes ``ctx``, move what it does with ``ctx`` to ``setup_context``:
+# This ``Function`` has the straight-through gradient of quantized networks. If
+# ``forward`` takes ``ctx``, move its use to ``setup_context``; what it saves must be an
+# input or an output:
 
 
 class Sign(Function):
@@ -206,8 +207,8 @@ class WrappedGradient(Function):
 # - These lines are for one output, and for inputs that all need a gradient: two inputs
 #   here, so ``(0, 0)`` for two gradients. Write options, such as ``causal``, into both
 #   calls of ``LibraryScan.apply``.
-# - Where a module of the library calls the class, assign ``module.LibraryScan =
-#   Wrapped`` (tested).
+# - If a module calls the class on tensors only, assign ``module.LibraryScan = Wrapped``
+# (tested); options stay inside of the two classes.
 # - If its kernel takes one batch dimension, change both rules as above (tested).
 #
 # ``torch.library.custom_op``: ``register_vmap``
@@ -256,8 +257,8 @@ class ScanOp(Function):
 # Which form works where
 # ----------------------
 #
-# Compare five members with a loop in plain PyTorch. The members of ``a`` are
-# in dimension 0, those of ``x`` in dimension 1.
+# Compare five members with a loop in plain PyTorch. The members of ``a`` are in
+# dimension 0, those of ``x`` in dimension 1.
 
 a = torch.rand(5, 8, **double, requires_grad=True)
 x = torch.randn(8, 5, **double, requires_grad=True)
@@ -329,10 +330,10 @@ for name, form in forms.items():
 # A loop without a Python warning
 # -------------------------------
 #
-# Without a rule, ``vmap`` runs a ``custom_op`` once for each member. C++ prints the
-# warning, unless a ``Function`` calls the operator, so that
-# ``warnings.filterwarnings("error")`` misses it. ``torch.library.opcheck`` passes, too
-# (all tested). Print the shapes in the kernel:
+# Without a rule, ``vmap`` runs a ``custom_op`` once for each member. Its warning is
+# printed by C++, which ``warnings.filterwarnings("error")`` misses, unless a
+# ``Function`` calls the operator. ``torch.library.opcheck`` passes, too (all tested).
+# Print the shapes in the kernel:
 
 for name, op in {"without a rule": without, "with a rule": scan}.items():
     seen.clear()
@@ -420,9 +421,9 @@ print(f"one call for all members, {(out - loop).abs().max():.1g} from a loop")
 # Remember
 # --------
 #
-# **A rule calls the Function again, and a kernel in its backward needs a rule, too.**
-# Test both orders, ``vmap(grad)`` and a backward pass outside of ``vmap``, with members
-# in dimension 1 of one input. Count the calls in the kernel.
+# **Rule and backward call the Function or operator, never the kernel itself.** Test
+# both orders, ``vmap(grad)`` and a backward pass outside of ``vmap``, with members in
+# dimension 1 of one input. Count the calls in the kernel.
 #
 # Next
 # ----

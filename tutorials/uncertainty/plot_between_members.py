@@ -7,10 +7,10 @@ call, and decide whether the mean of several networks' weights, a soup, is worth
 anything.
 
 **In short.** Look at the line before you average weights. Copies of one network that
-part after some common steps can have no rise of the loss between them (no barrier:
-linear mode connectivity). Copies that part at once, and networks with starts of their
-own, have a barrier here on average, and a mean worse than they are: average their
-predictions.
+part after some common steps can have no barrier between them (linear mode connectivity)
+and a mean better than each; whether it also beats one network that trains
+as long depends on the schedule here. Copies that part at once, and networks with starts of their own, have a
+barrier here on average, and a mean worse than they are: average their predictions.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -192,9 +192,10 @@ print(f"{len(rates[0])} networks trained, {num_steps} steps each")
 # images, to report it; to decide, take other images. **What should happen:** hidden
 # units have no order, so two networks may compute the same with other units at other
 # places, and a mean mixes what does not belong together. Copies of one start share an
-# order, but can lose it while steps are large and random. Frankle (2020) found no
-# barrier after a short common training, and on MNIST without any, in error; "fork at 0"
-# asks it here in loss, with 3,000 images.
+# order, but may lose it with large random steps (a guess). Ainsworth (2022) brings
+# units back into one order. Frankle (2020) found no barrier after a short common
+# training, and on MNIST without any, in error; "fork at 0" asks it here with 3,000
+# images and other rates.
 
 members = {
     name: p.unflatten(0, (-1, 4)) for name, p in params.items()
@@ -247,20 +248,20 @@ fig.set_label(
 #
 # The soup of a team is one network, so its rivals are one network, too: a member (the
 # mean error of the four), the best of the four by the images that chose the rates, and
-# **one network of 900 steps** with the same schedule, which is what the forks at 100
-# cost, 100 + 4 x 200 (the other teams: up to 1,200). The ensemble, the mean of the four
-# members' probabilities, costs four times as much to ask; that of own starts is the one
-# to compare with.
+# **one network of 900 steps** with the same schedule and the rate chosen for 300, which
+# is what the forks at 100 cost, 100 + 4 x 200 (the other teams: up to 1,200). The
+# ensemble, the mean of the four members' probabilities, costs four times as much to
+# ask; that of own starts is the one to compare with.
 #
-# Differences are those of pairs, repeat by repeat, with their standard error in
-# brackets. Beyond 2.36 of these (Student's t, 95 %, eight repeats) the run calls a
-# difference better or worse. All repeats share the test images, and of the verdicts
-# below, one or two may be chance.
+# Differences are taken repeat by repeat, with their standard error in brackets. Beyond
+# 2.36 of these (Student's t, 95 %, eight repeats) the run calls a difference better or
+# worse. All repeats share the test images, and of the verdicts below, one or two may be
+# chance.
 
 long = 3 * num_steps
 falls = 1 - torch.arange(long) / long
 rates = (torch.stack([torch.ones(long), falls]) * best[:, None]).T
-start = {name: p[::5].repeat(2, *[1] * (p.dim() - 1)) for name, p in stack.items()}
+start = {name: p[4::5].repeat(2, *[1] * (p.dim() - 1)) for name, p in stack.items()}
 rows = torch.randint(3000, (long, 2 * repeats, 32))
 longer = train(start, rows, rates.repeat_interleave(repeats, 1), images, digits)
 longer = errors(longer, unseen).view(2, repeats).cpu()  # [schedule, repeat]
@@ -309,6 +310,7 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained"
 for ax, (schedule, s) in zip(axes, named.items(), strict=True):
     for (name, score), marker in zip(scores.items(), "osD^", strict=True):
         ax.plot(list(teams), score[s].mean(0), marker=marker, label=name)
+    ax.axhline(longer[s].mean(), color="gray", label=f"one network, {long} steps")
     ax.set(yscale="log", title=schedule)
 axes[0].set_yticks([6, 10, 20, 50, 90], [6, 10, 20, 50, 90])
 axes[0].minorticks_off()
@@ -325,8 +327,8 @@ fig.set_label(
 )
 
 # %%
-# Compare the soup with a member, at its own schedule, and with the network of 900
-# steps. What do forks cost the ensemble?
+# Compare the soup with its member here, and with the network of 900 steps in the table.
+# What do forks cost the ensemble?
 
 print("ensemble of forks minus ensemble of own starts:")
 for schedule, s in named.items():
@@ -335,16 +337,17 @@ for schedule, s in named.items():
         print(f"    {schedule}, {team:11} {verdict(part, first)}")
 
 # %%
-# Where a soup is better than its member and no better than one network of 900 steps, it
-# repairs a short training; compare the members of the two schedules, too. Where an
+# Where a soup beats its member, but not for certain the network of 900 steps, longer
+# training may do as much, and so may a falling rate: compare the members. Where an
 # ensemble of forks is worse, keep own starts for it. The two schedules also differ in
 # their rates, which were chosen for each.
 #
-# To use a soup with batch norm, compute its statistics in one pass over the training
-# images: ``torch.optim.swa_utils.update_bn`` (Izmailov 2018). The soups of Wortsman
-# (2022) are copies of one pretrained network, fine-tuned with other settings; their
-# greedy soup keeps a member if it helps on validation data. Neither is tried here. What
-# is found here is found for one small network, one data set and these two schedules.
+# To use a soup with batch norm, load it into a new ``build()``, and compute its
+# statistics in one pass over the training images: ``torch.optim.swa_utils.update_bn``
+# (Izmailov 2018). The soups of Wortsman (2022) are copies of one pretrained network,
+# fine-tuned with other settings; their greedy soup keeps a member if it helps on
+# validation data. Neither is tried here. What is found here is found for one small
+# network, one data set and these two schedules.
 #
 # Remember
 # --------

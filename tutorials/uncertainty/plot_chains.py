@@ -8,9 +8,9 @@ Carlo chains in one call, and compare the bands of ensembles with theirs.
 **In short.** A chain is a row of a matrix: one call gives the gradients of all chains,
 and ``torch.where`` accepts or refuses the move of each. Judge chains by the R-hat of
 the function, not of the weights. For this network of 49 weights, an ensemble with
-anchors and noise, trained long enough, has about the chains' width at the data and
-outside, and less in the gap; an ensemble of best fits is narrower on average: the run
-says by how much.
+anchors and noise has, after 1,000 steps, about the chains' width at the data and
+outside, and rather less in the gap; an ensemble of best fits is narrower on average:
+the run says by how much.
 
 Before you start: ``plot_ensembling.py`` says what ``vmap`` maps over.
 """
@@ -148,9 +148,9 @@ print(f"the largest with 80 % or more: {best:.4f}")
 # R-hat compares the spread of the chains' means with that inside the chains: 1 where
 # the means agree (Gelman and Rubin 1992). Each chain counts as two halves; Vehtari
 # (2021) asks for less than 1.01, of ranks, which are not taken here; up to 1.1, the
-# older limit, will do for a band, not for a third digit. **What should happen:** hidden
-# units can change places without a change of the function, so chains that agree on the
-# function may still disagree on each weight.
+# older limit, will do for a band; it tests means, not widths. **What should happen:**
+# hidden units can change places without a change of the function, so chains that agree
+# on the function may still disagree on each weight.
 
 
 def r_hat(values):
@@ -197,7 +197,7 @@ for name, values in {"function": drawn, "weights": chains}.items():
 # - **MAP**: it minimizes the energy, so the prior pulls it to zero;
 # - **anchor**: the prior pulls it to its own start, a draw of the prior (Pearce 2020);
 # - **anchor and noise**: it also has its own noise on the targets (Oliver 1996). For a
-#   linear network, both together draw from the posterior exactly.
+#   model linear in its weights, both together draw from the posterior.
 #
 # 32 draws of the chains show how far 32 curves are off by chance alone. Columns: at the
 # data (within 0.4 of -1.1 and 0.9), in the gap (within 0.4 of -0.1), outside (from 1.7
@@ -222,11 +222,13 @@ def member_loss(theta, anchor, pulled, x, y):
 # %%
 
 
+first = torch.randn(num_sets * num_members, 49, device=device).repeat(len(kinds), 1)
+data = [own(part, num_members).repeat(len(kinds), 1, 1) for part in (x, y)]
+noise = sigma * torch.randn_like(data[1]) * noisy[:, None, None]
+
+
 def ensembles(num_steps):
     """Curves [kind, set, member, 111]: Adam, the rate falls linearly to zero."""
-    first = torch.randn(num_sets * num_members, 49, device=device).repeat(len(kinds), 1)
-    data = [own(part, num_members).repeat(len(kinds), 1, 1) for part in (x, y)]
-    noise = sigma * torch.randn_like(data[1]) * noisy[:, None, None]
     fixed = anchors[:, None] * first, pulled, data[0], data[1] + noise
     theta = first.clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=0.03, fused=True)
@@ -334,10 +336,11 @@ fig.set_label(
 # %%
 # Where the whole range of an ensemble lies below that of the 32 draws, the ensemble is
 # too sure. **The widths also depend on how long one trains**: compare the two lengths.
-# Compare the anchor with and without noise, too: noise on the targets is what members
-# can disagree about at the data. The means are compared apart, in units of the chains'
-# deviation. For each data set, 16 chains cost 76,800 gradients here, 32 members of
-# 1,000 steps 32,000; NUTS, in Pyro and NumPyro, finds the length of a move by itself.
+# Compare the anchor with and without noise, too: noise on the targets keeps members
+# apart at the data. The nearest width need not have the nearest mean: see the second
+# table. Without the search of a step, 16 chains cost 76,800 gradients for each data
+# set, 32 members of 1,000 steps 32,000; NUTS, in Pyro and NumPyro, finds the length of
+# a move by itself.
 #
 # Nothing here speaks of large networks: 49 weights, 30 points and noise of a known
 # size. Izmailov (2021) ran chains over up to millions of weights, on hundreds of
@@ -347,9 +350,9 @@ fig.set_label(
 # --------
 #
 # **A sum over the rows, a row for each chain, and R-hat of the function.** Where you
-# cannot run chains, noise on the targets and a pull to a draw of the prior, trained
-# long enough, make members whose spread comes near theirs, least in the gap, in this
-# small case.
+# cannot run chains, noise on the targets and a pull to a draw of the prior make members
+# whose spread comes near theirs after 1,000 steps, least in the gap, in this small
+# case.
 #
 # Next
 # ----

@@ -132,7 +132,7 @@ def fallen(state):
 #
 # The random numbers come from outside, five for each cart and step: one for the action,
 # and four for a new start, which ``torch.where`` gives to the carts whose episode ends.
-# A cart at its time limit did not fall: the value of its last state still counts
+# A cart that only meets its time limit has not fallen: its last value still counts
 # (``~fell``), but the sum of the advantages ends there (``~end``) [2].
 
 
@@ -264,22 +264,25 @@ print(f"{num_agents} take as long as {together / one:.2g} alone, one after anoth
 print(f"(ten measurements without the extremes: {ratios[1]:.2g} to {ratios[-2]:.2g})")
 
 # %%
-# The other way is a process for each core: with more cores than this number, processes
-# may be faster. Nothing here is compiled; PureJaxRL [5] reports larger gains on a GPU,
-# where JAX compiles the environment and the training, too.
+# The other way is a process for each core: on more cores than 64 / this number,
+# processes may be faster. Nothing here is compiled; PureJaxRL [5] reports larger gains
+# on a GPU, where JAX compiles the environment and the training, too.
 #
 # **The environments gain nothing from** ``vmap``: the carts are one tensor without it.
-# On a CPU, NumPy can be faster: timed apart on two cores of an Intel Xeon, a step of 64
-# carts took 0.04 ms in the vector environment of gymnasium, and 0.10 ms here.
+# On a CPU, gymnasium's vector environment, in NumPy, can be faster: time both.
+#
+# **Clipping**: ``clip_grad_norm_`` takes one norm of all agents; ``plot_training.py``
+# clips each.
 #
 # How many seeds does an order need?
 # ----------------------------------
 #
 # Agents that differ in the seed alone can end far apart, so compare settings by
-# intervals over seeds [3, 4]. The interquartile mean (IQM) is the mean of the middle
-# half of the seeds; its bootstrap interval comes from 2,000 draws of sixteen seeds with
-# repetition. Draws of fewer seeds tell how often a smaller study would find the order
-# of all sixteen. An agent's **score** is the mean of its ten evaluations.
+# intervals over seeds [3, 4]. The interquartile mean (IQM) averages the middle half of
+# the seeds (of three seeds, all); its bootstrap interval comes from 2,000 draws of
+# sixteen seeds with repetition. Draws of fewer seeds tell how often a smaller study
+# would find the order of all sixteen. An agent's **score** is the mean of its ten
+# evaluations.
 
 
 def iqm(values):  # [..., seeds]
@@ -304,10 +307,11 @@ for i, gap in enumerate(iqm(scores).diff().tolist()):
     print(f"    the same order in draws of 10 seeds: {ten}, of 3 seeds: {three}")
 
 # %%
-# The difference of the scores, in brackets its 95 % interval. **Where it holds 0, even
-# sixteen seeds do not tell the two rates apart**, and the shares say how often an order
-# comes out, not that it is right. The IQM leaves out the best and the worst four seeds,
-# so look at each (an agent solves the task if its last evaluation is 475 or more):
+# The difference of the scores, in brackets its 95 % interval. **Where it holds 0,
+# sixteen seeds' scores do not tell the two rates apart**, and the shares say how often
+# an order comes out, not that it is right. The IQM leaves out the best and the worst
+# four seeds, so look at each (an agent solves the task if its last evaluation is 475 or
+# more):
 
 fig, axes = plt.subplots(1, 4, figsize=(9, 3), sharey=True, layout="constrained")
 played, told = 2.56 * torch.arange(1, 1 + curves.shape[1]), []
@@ -379,7 +383,6 @@ except RuntimeError as error:
 # - [3] P. Henderson and others: Deep reinforcement learning that matters, 2018,
 #   `arXiv:1709.06560 <https://arxiv.org/abs/1709.06560>`_.
 # - [4] R. Agarwal and others: Deep reinforcement learning at the edge of the
-#   statistical precipice, 2021, `arXiv:2108.13264
-#   <https://arxiv.org/abs/2108.13264>`_.
+#   statistical precipice, 2021, `arXiv:2108.13264 <https://arxiv.org/abs/2108.13264>`_.
 # - [5] C. Lu: PureJaxRL, 2023, `chrislu.page/blog/meta-disco
 #   <https://chrislu.page/blog/meta-disco/>`_.

@@ -2,14 +2,14 @@
 Ten critics with slow targets in one call
 =========================================
 
-Train an ensemble of ten Q-functions, the critics of REDQ, SAC or TD3, in one call of
+Train ten Q-functions, the critics of REDQ (SAC and TD3 have two), in one call of
 ``torch.func.vmap``: each goal is the minimum of a random pair of target networks, which
 follow slowly. See what this minimum does to overestimated values.
 
 **In short.** Stack the critics and the targets; ``target[name][pair]`` picks two of
 ten, so that only these are computed; one ``lerp_`` for each stacked tensor is the
-Polyak average of all targets. The minimum lowers the values. It does not make them
-right: over how many targets you take it must fit the task.
+Polyak average of all targets. The minimum lowers the values. Over how many targets it
+makes them right depends on the task, here on the buffer.
 
 Before you start: ``plot_training.py`` trains a stack with one optimizer.
 """
@@ -45,7 +45,8 @@ print(f"{where}, torch {torch.__version__}, float32 but for the check")
 # A critic gets a state and an action, side by side in ``x``, and gives the value: the
 # discounted reward that it expects. Its goal is the reward plus the discounted value of
 # the next state and action, for which the lower one of two targets counts [1, 2]. An
-# actor would choose the next action (and SAC subtract its entropy term from ``goal``).
+# actor would choose the next action (and SAC take ``alpha * log_prob`` off the
+# minimum).
 
 
 def build(width=64):
@@ -94,8 +95,8 @@ print(f"{len(params)} stacked tensors, values {list(values(params, draw()[0]).sh
 # The same with ten modules
 # -------------------------
 #
-# The loop at its best has one optimizer, one backward pass of the summed losses, and
-# PyTorch's own function for moving averages, which takes all tensors at once.
+# A strong loop has one optimizer, one backward pass of the summed losses, and PyTorch's
+# own function for moving averages, which takes all tensors at once.
 
 follow = get_ema_multi_avg_fn(0.995)
 
@@ -148,8 +149,8 @@ print(f"critics and targets after 20 updates: at most {far:.0e} from those of th
 # Eight runs of ten critics learn with the minimum over 1, 2, 5 and 10 targets: 320
 # critics in one stack, by two ``vmap``. A mask takes the place of the pair. A run draws
 # batches of 64 from a replay buffer of its own, which holds 50,000 transitions in one
-# experiment and 500 in the other. The believed value is what REDQ's analysis uses, too:
-# the mean of the ten critics, here for its best action and over 200 new states.
+# experiment and 500 in the other. The believed value is the mean of the ten critics
+# over all actions of 200 new states: a maximum would be too high by itself.
 
 sizes, num_runs = [1, 2, 5, 10], 8
 over = torch.tensor(sizes, device=device).repeat_interleave(num_runs)  # of 32 runs
@@ -209,7 +210,7 @@ def believe(buffer, num_steps=400):
         improve(params, target, optimizer, *batch)
         if step % 10 == 9:
             with torch.no_grad():
-                believed.append(every(params, new).mean(1).amax(-1).mean(-1))
+                believed.append(every(params, new).mean((1, 2, 3)))
     return torch.stack(believed).unflatten(1, (-1, num_runs)).cpu()
 
 
@@ -228,7 +229,7 @@ for buffer, curve in curves.items():
         word = "too high" if low > 0 else "too low" if high < 0 else "not told from 0"
         value = f"over {size} {middle:+.2f}, {word}"
         print(f"    minimum {value} ({low:+.2f} to {high:+.2f})")
-        verdicts.append(f"{buffer:,} {value}")
+        verdicts.append(f"buffer of {buffer:,}: {value}")
 
 # %%
 
@@ -246,16 +247,17 @@ fig.suptitle(
 )
 fig.set_label(
     "Believed values against steps, for minima over 1, 2, 5 and 10 targets and a large "
-    "and a small buffer, the truth being 0. In the end, with a buffer of "
+    "and a small buffer, the truth being 0. In the end, "
     f"{'; '.join(verdicts)}."
 )
 
 # %%
-# **The minimum lowers the values; it does not correct them.** Where a minimum over many
-# targets is too low, fewer would be better. The two experiments differ in the buffer
-# alone. Where the small one gives higher values, a guess at the reason: all ten critics
-# share the error of its few rewards, and a minimum over critics cannot remove a shared
-# error. Where a curve still rises at the end, its last value is not the final one.
+# **The minimum lowers the values; how far is right depends on the task.** Where a
+# minimum over many targets is too low, fewer would be better. The two experiments
+# differ in the buffer and in random draws. Where the small one gives higher values, a
+# guess at the reason: all ten critics share the error of its few rewards, and a minimum
+# over critics cannot remove a shared error. Where a curve still rises at the end, its
+# last value is not the final one.
 #
 # So choose the number for your own task: compare the values of the critics with the
 # discounted returns that the agent gets, as the paper does [1].
@@ -294,9 +296,9 @@ def said(gain, low, high):
 
 
 # %%
-# A loop starts the same operators once for each critic; the wider the critics, the less
-# this should matter. (Those of REDQ have 256.) A whole update with a batch of 256,
-# medians of at least seven turns, warm; in brackets the gain's 95 % interval:
+# A loop starts each layer once for each critic; the wider the critics, the less this
+# should matter. (Those of REDQ have 256.) A whole update with a batch of 256, medians
+# of at least seven turns, warm; in brackets the gain's 95 % interval:
 
 for width in (64, 256):
     models = [build(width).to(device) for _ in range(10)]
@@ -341,5 +343,5 @@ print("shared memory:", all(target[name] is p for name, p in params.items()))
 #
 # - [1] X. Chen and others: Randomized ensembled double Q-learning, 2021,
 #   `arXiv:2101.05982 <https://arxiv.org/abs/2101.05982>`_.
-# - [2] S. Fujimoto and others: Addressing function approximation error in
-#   actor-critic methods, 2018, `arXiv:1802.09477 <https://arxiv.org/abs/1802.09477>`_.
+# - [2] S. Fujimoto and others: Addressing function approximation error in actor-critic
+#   methods, 2018, `arXiv:1802.09477 <https://arxiv.org/abs/1802.09477>`_.

@@ -36,7 +36,7 @@ print(f"{device.type.upper()}, torch {torch.__version__}, float32, IEEE")
 # %%
 # A *member* is one network: row ``i`` of every stacked tensor. Each recipe ends with
 # ``check``, which compares its result with a loop over the members. In float64 on the
-# CPU, both agree within 1e-10, and so do the gradients by stacked parameters (tested).
+# CPU, both agree within 1e-10, and so do gradients by the stacks of modules (tested).
 
 
 class Net(nn.Module):  # put yours here
@@ -200,10 +200,10 @@ check(out, [solve(dict(m.named_parameters()), x) for m in models])
 # Solve an ODE for all members: steps of their own
 # ------------------------------------------------
 #
-# A loop ``while t < end`` is refused, because members reach the end after different
-# numbers of steps. Here all members compute ``max_steps`` steps, and ``torch.where``
-# keeps or drops each. **Return the time, and check it**: where ``max_steps`` is too
-# small, a member stops before the end without an error.
+# A loop ``while t < end`` is refused, because ``t`` has a value for each member. All
+# members compute ``max_steps`` steps, also when done; ``torch.where`` keeps or drops
+# each, for all rows of a member. **Return the time, and check it**: where ``max_steps``
+# is too small, a member stops before the end without an error.
 
 
 def solve_to(params, z, end=1.0, tolerance=1e-3, max_steps=50):
@@ -322,7 +322,7 @@ out, hidden = vmap(with_hidden, in_dims=(0, None))(params, x)  # hidden [10, 20,
 check(hidden, [model.body(x) for model in models])
 
 # %%
-# Its gradient, as for K-FAC, is ``torch.autograd.grad(loss, hidden)``, outside of
+# For its gradient, call ``torch.autograd.grad(loss.sum(), hidden)``, outside of
 # ``vmap``. A full backward hook is never called there, without an error (tested).
 #
 # A model that returns a dataclass
@@ -374,9 +374,9 @@ check(out, [spectral(weight, x) for weight in weights])
 # The mistake: vmap of a compiled function
 # ----------------------------------------
 #
-# Compile outside of ``vmap``. Inside, torch 2.11 and 2.13 compile nothing, without an
-# error, unless ``fullgraph=True`` asks for one [1] (tested). In place of a compiler,
-# ``count`` counts the graphs that it is given:
+# Compile outside of ``vmap``. Inside, torch compiles nothing, without an error (below);
+# ``fullgraph=True`` raises one [1] (tested). In place of a compiler, ``count`` counts
+# the graphs that it is given:
 
 
 def count(graph, inputs):
@@ -409,5 +409,5 @@ with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # torch's own
 # ----------
 #
 # - [1] `pytorch#128711 <https://github.com/pytorch/pytorch/issues/128711>`_.
-# - An ODE for each member: `torchdiffeq#282
-#   <https://github.com/rtqichen/torchdiffeq/issues/282>`_.
+# - An ODE for each member: `torchdiffeq#217
+#   <https://github.com/rtqichen/torchdiffeq/issues/217>`_.
