@@ -8,9 +8,10 @@ anything.
 
 **In short.** Look at the line before you average weights. Copies of one network that
 part after some common steps can have no barrier between them (linear mode connectivity)
-and a mean better than each; whether it also beats one network that trains
-as long depends on the schedule here. Copies that part at once, and networks with starts of their own, have a
-barrier here on average, and a mean worse than they are: average their predictions.
+and a mean better than each; whether it also beats one network that trains as long
+depends on the schedule here. Copies that part at once, and networks with starts of
+their own, have a barrier on average, and a mean worse than they are: average their
+predictions.
 
 Before you start: ``plot_ensembling.py`` says how models are stacked.
 """
@@ -259,8 +260,7 @@ fig.set_label(
 # chance.
 
 long = 3 * num_steps
-falls = 1 - torch.arange(long) / long
-rates = (torch.stack([torch.ones(long), falls]) * best[:, None]).T
+rates = (schedules.repeat_interleave(3, 1) * best[:, None]).T  # stretched
 start = {name: p[4::5].repeat(2, *[1] * (p.dim() - 1)) for name, p in stack.items()}
 rows = torch.randint(3000, (long, 2 * repeats, 32))
 longer = train(start, rows, rates.repeat_interleave(repeats, 1), images, digits)
