@@ -208,7 +208,7 @@ class WrappedGradient(Function):
 #   here, so ``(0, 0)`` for two gradients. Write options, such as ``causal``, into both
 #   calls of ``LibraryScan.apply``.
 # - If a module calls the class on tensors only, assign ``module.LibraryScan = Wrapped``
-# (tested); options stay inside of the two classes.
+#   (tested); options stay inside of the two classes.
 # - If its kernel takes one batch dimension, change both rules as above (tested).
 #
 # ``torch.library.custom_op``: ``register_vmap``
